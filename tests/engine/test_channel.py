@@ -107,22 +107,26 @@ def test_wake_ends_a_wait_from_another_thread() -> None:
 
 
 def test_two_senders_that_are_both_full_do_not_wait_for_each_other() -> None:
-    left, right = (WorkerChannel(sock) for sock in socket.socketpair())
     large = {"text": "x" * 4_000_000}
-    threads = [threading.Thread(target=side.send, args=(large,), daemon=True) for side in (left, right)]
+    got: list[object] = []
+
+    def exchange(channel: WorkerChannel) -> None:
+        channel.send(large)
+        while channel.wait(20.0):
+            messages = channel.receive()
+            if messages:
+                got.extend(messages)
+                return
+
+    channels = [WorkerChannel(sock) for sock in socket.socketpair()]
+    threads = [threading.Thread(target=exchange, args=(channel,), daemon=True) for channel in channels]
     for thread in threads:
         thread.start()
-    deadline_s = time.monotonic() + 20
-    got: dict[str, list[object]] = {"left": [], "right": []}
     for thread in threads:
         thread.join(20)
-        assert not thread.is_alive()
-    while not (got["left"] and got["right"]) and time.monotonic() < deadline_s:
-        got["left"] += left.receive()
-        got["right"] += right.receive()
-    assert got == {"left": [large], "right": [large]}
-    left.close()
-    right.close()
+    assert got == [large, large]
+    for channel in channels:
+        channel.close()
 
 
 @pytest.fixture
