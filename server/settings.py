@@ -1,0 +1,288 @@
+"""Every setting of the server, once: flags, environment, config file, `--help` and the README table come from here.
+
+A field's description is the flag's help text; its group is the heading it stands under; its aliases are spellings
+that other servers use. `server.flags` turns the fields into a command line and layers the sources. This file knows no
+source and no process: it says which values exist and which are refused.
+
+Running example: `VENEER_PORT=9000 veneer serve ./llama --max-num-seqs 64`
+    settings.model == "./llama"     from the command line
+    settings.port  == 9000          from the environment
+    settings.bind_host == "127.0.0.1"   no key is set, so nothing beyond this machine is served
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from server.limits import cpu_limit
+
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+GROUPS = ("Model", "Network", "Keys", "Adapters", "Load", "Memory and threads", "Observing")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?")
+
+
+def parse_size(value: object) -> object:
+    """`"1.5G"` -> 1610612736. Upper-case letters are powers of 1024, lower-case of 1000 (as vLLM reads them)."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write a number and perhaps a suffix, e.g. 65536, 64k, 512M or 2G")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def split_list(value: object) -> object:
+    """`"a,b"` -> `("a", "b")`; a JSON list stays a list. Environment variables carry lists this way."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("["):
+        return json.loads(text)
+    if text.startswith("{"):
+        return [text]
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+class LoraModule(NamedTuple):
+    """One `--lora-modules` entry: an adapter directory to register under a name at start."""
+
+    name: str
+    path: str
+
+
+def parse_lora_module(value: object) -> object:
+    """`"sql=/adapters/sql"` or `{"name": "sql", "path": "/adapters/sql"}` (as text or mapping) -> LoraModule."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, dict):
+        extra = set(value) - {"name", "path", "base_model_name"}
+        if extra or not {"name", "path"} <= set(value):
+            raise ValueError(f'{value!r} must have the fields "name" and "path" (and may have "base_model_name")')
+        return LoraModule(str(value["name"]), str(value["path"]))
+    if isinstance(value, str):
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f'{value!r} is not NAME=PATH (nor JSON like {{"name": "sql", "path": "/adapters/sql"}})')
+        return LoraModule(name, path)
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Words = Annotated[tuple[str, ...], BeforeValidator(split_list)]
+Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(split_list)]
+_Module = Annotated[LoraModule, BeforeValidator(parse_lora_module)]
+LoraModules = Annotated[tuple[_Module, ...], BeforeValidator(split_list)]
+
+
+def _setting(default: Any, group: str, text: str, **extra: Any) -> Any:
+    """A field: its default, the heading in `--help`, its help text; `aliases`, `metavar` and constraints by name."""
+    schema = {"group": group, "aliases": extra.pop("aliases", ()), "metavar": extra.pop("metavar", None)}
+    return Field(default, description=text, json_schema_extra=schema, **extra)
+
+
+class Settings(BaseModel):
+    """One frozen bundle, passed explicitly and never changed; derived values are properties."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str | None = _setting(
+        None, "Model", "Base model: a directory or a Hugging Face id. Without it the small built-in base is served."
+    )
+    served_model_name: Words = _setting(
+        (),
+        "Model",
+        "Name(s) the base is served under; the first is the one told to clients. Default: MODEL.",
+        metavar="NAME",
+    )
+    revision: str | None = _setting(None, "Model", "Branch, tag or commit of the base model on the Hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
+        "auto", "Model", "Type of the base's weights and activations; auto takes the checkpoint's own."
+    )
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Model", "Where the base runs; auto prefers a GPU.")
+    max_model_len: Size | None = _setting(
+        None,
+        "Model",
+        "Longest prompt plus answer, in tokens. Default: what the model was trained for.",
+        gt=0,
+        metavar="N",
+    )
+
+    host: str | None = _setting(
+        None,
+        "Network",
+        "Address to listen on. Default: 0.0.0.0 when an API key is set, else 127.0.0.1, so that a server "
+        "without a key is never open to the network by accident.",
+    )
+    port: int = _setting(8000, "Network", "Port to listen on; 0 takes a free one and prints it.", ge=0, le=65535)
+    root_path: str = _setting("", "Network", "Path prefix that a proxy in front of the server strips.")
+    ssl_keyfile: Path | None = _setting(None, "Network", "Private key (PEM) for HTTPS.")
+    ssl_certfile: Path | None = _setting(None, "Network", "Certificate chain (PEM) for HTTPS.")
+    cors_allow_origin: Words = _setting(
+        (),
+        "Network",
+        "Origin whose web pages may call this server, e.g. https://app.example; repeatable.",
+        metavar="ORIGIN",
+    )
+    keep_alive_s: float = _setting(
+        15.0, "Network", "Seconds of silence after which a stream sends a comment, so that no proxy closes it.", gt=0
+    )
+
+    api_key: Secrets = _setting(
+        (), "Keys", "Key that clients send as `Authorization: Bearer KEY`; repeatable.", metavar="KEY"
+    )
+    admin_api_key: Secrets = _setting(
+        (),
+        "Keys",
+        "Key for /admin routes; repeatable; it also opens everything else. Without one the API keys open them; "
+        "without any key they answer only when the server listens on loopback.",
+        metavar="KEY",
+    )
+
+    adapters_dir: Path | None = _setting(
+        None, "Adapters", "Directory whose subdirectories (adapter_config.json inside) are registered at start by name."
+    )
+    store_dir: Path | None = _setting(
+        None, "Adapters", "Where uploaded adapters are kept. Default: $XDG_DATA_HOME/veneer/store."
+    )
+    lora_modules: LoraModules = _setting(
+        (),
+        "Adapters",
+        'Adapter directories to register at start: NAME=PATH or {"name": ..., "path": ...}; several may follow.',
+        metavar="NAME=PATH",
+    )
+    enable_lora: bool = _setting(True, "Adapters", "Accepted for vLLM's command lines; adapters are always on.")
+    max_loras: int | None = _setting(
+        None,
+        "Adapters",
+        "Number of adapters that routers may assume fit at once (told in /info and vllm:lora_requests_info). "
+        "Nothing is limited by it: memory is bounded in bytes.",
+        gt=0,
+    )
+    max_cpu_loras: int | None = _setting(
+        None, "Adapters", "As --max-loras for host memory; told in /info. Nothing is limited by it.", gt=0
+    )
+    max_lora_rank: int | None = _setting(
+        None, "Adapters", "Refuse adapters of a higher rank. Default: any rank is served.", gt=0
+    )
+    adapter_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto",
+        "Adapters",
+        "Type adapters are kept in on the device: auto is the base's, float32 is exact at twice the bytes.",
+        aliases=("--lora-dtype",),
+    )
+    max_upload_bytes: Size = _setting(
+        2 * 2**30, "Adapters", "Largest upload of one adapter version, all files together.", gt=0, metavar="SIZE"
+    )
+
+    max_num_seqs: int = _setting(256, "Load", "Requests that run at the same time.", gt=0, le=4096)
+    max_num_batched_tokens: Size = _setting(2048, "Load", "Tokens computed in one step, prompts included.", ge=512)
+    max_queued_requests: int = _setting(
+        256, "Load", "Requests that may wait; the next one is told 429 with Retry-After.", ge=0
+    )
+    max_concurrent_requests: int | None = _setting(
+        None, "Load", "Requests in the house at once, running and waiting. Default: no bound but the queue's.", gt=0
+    )
+    max_best_of: int = _setting(4, "Load", "Largest best_of of one request.", ge=1)
+    max_stop_sequences: int = _setting(16, "Load", "Stop strings one request may name.", ge=0)
+    max_top_n_tokens: int = _setting(20, "Load", "Alternatives one request may ask for per token.", ge=0)
+    request_timeout_s: float | None = _setting(
+        600.0, "Load", "Seconds after which an unfinished request is failed.", gt=0
+    )
+    graceful_timeout_s: float = _setting(
+        90.0, "Load", "Seconds that running requests get to finish after SIGTERM.", ge=0
+    )
+    max_body_bytes: Size = _setting(
+        4 * 2**20, "Load", "Largest body of a request that is not an upload.", gt=0, metavar="SIZE"
+    )
+
+    pool_bytes: Size | None = _setting(
+        None,
+        "Memory and threads",
+        "Memory for K/V blocks and adapters together. Default: sized from the machine's or container's limit.",
+        gt=0,
+        metavar="SIZE",
+        aliases=("--kv-cache-memory-bytes",),
+    )
+    enable_prefix_caching: bool = _setting(
+        True, "Memory and threads", "Keep K/V of finished prompts and reuse them for equal beginnings."
+    )
+    num_threads: int | None = _setting(
+        None, "Memory and threads", "Threads of the engine. Default: the processors this process may use.", gt=0
+    )
+
+    metrics_compat: Literal["vllm", "none"] = _setting(
+        "vllm", "Observing", "Names besides veneer_* in /metrics: vllm adds those that its dashboards and routers read."
+    )
+    metrics_adapter_label: Literal["off", "counters"] = _setting(
+        "counters", "Observing", "Whether counters per adapter are kept."
+    )
+    metrics_max_adapters: int = _setting(
+        100, "Observing", 'Adapters with series of their own; the others share adapter="__other__".', ge=0
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Observing", "What is worth a log line.")
+    access_log: bool = _setting(False, "Observing", "One log line per HTTP request.")
+    enable_docs: bool = _setting(True, "Observing", "Serve /docs and /openapi.json.")
+
+    @field_validator("enable_lora")
+    @classmethod
+    def _adapters_cannot_be_switched_off(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("adapters are always on in this server; requests that name none run on the bare base")
+        return value
+
+    @field_validator("lora_modules")
+    @classmethod
+    def _names_come_once(cls, value: tuple[LoraModule, ...]) -> tuple[LoraModule, ...]:
+        names = [module.name for module in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the name {twice[0]!r} is given twice; give every adapter a name of its own")
+        return value
+
+    @model_validator(mode="after")
+    def _https_needs_both_files(self) -> Settings:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("--ssl-keyfile and --ssl-certfile belong together; give both or neither")
+        return self
+
+    @property
+    def bind_host(self) -> str:
+        if self.host is not None:
+            return self.host
+        return "0.0.0.0" if self.has_keys else "127.0.0.1"
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self.api_key or self.admin_api_key)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.bind_host in LOOPBACK_HOSTS or self.bind_host.startswith("127.")
+
+    @property
+    def base_name(self) -> str:
+        """The base's name as clients see it."""
+        if self.served_model_name:
+            return self.served_model_name[0]
+        if self.model is None:
+            return "veneer-demo"
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+    @property
+    def store_path(self) -> Path:
+        if self.store_dir is not None:
+            return self.store_dir
+        data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+        return Path(data_home) / "veneer" / "store"
+
+    @property
+    def engine_threads(self) -> int:
+        return self.num_threads or cpu_limit()
