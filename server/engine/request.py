@@ -92,3 +92,26 @@ class RequestDelta:
     num_cached_tokens: int = 0  # prefix-cache hit, told with the first token
     finish: FinishReason | None = None
     error: EngineErrorRecord | None = None  # when finish is FAILED
+
+
+class AdapterState(StrEnum):
+    """Where an adapter is, as the engine sees it; the CPU's host memory is its device."""
+
+    DISK = "disk"
+    LOADING = "loading"
+    DEVICE = "device"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """One line of the engine's list of adapters; those merely on disk are not in it."""
+
+    key: str
+    name: str
+    state: AdapterState
+    num_bytes: int
+    num_units: int
+    num_pins: int  # running sequences on it
+    last_used_s: float  # on the engine's clock
+    reason: str = ""  # why it failed

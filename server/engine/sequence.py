@@ -162,7 +162,7 @@ class SequenceTable:
     def leave(self, sequence: Sequence) -> None:
         """Take the sequence out of its row; it carries its tokens again. Blocks must be released before."""
         row = sequence.row
-        assert self.active[row] and self.sequences[row] is sequence, "a sequence leaves the row it holds"
+        assert self.sequences[row] is sequence, "a sequence leaves the row it holds"
         sequence.tokens = self.tokens[row, : self.length[row]].copy()
         sequence.row = NO_ROW
         self.active[row] = False
