@@ -1,0 +1,34 @@
+"""What a ready engine says about itself, once: plain data for the front, the library and `/info`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    spec: Mapping[str, Any]  # the base model's `BaseModelSpec` as JSON: its sites and its fingerprint
+    max_model_len: int  # tokens of prompt and answer together
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_units: int  # size of the pool
+    unit_bytes: int  # one K/V block of `block_size` tokens, all layers
+    block_size: int  # tokens
+    max_num_seqs: int
+    dtype: str  # "float32" | "bfloat16" | "float16", resolved
+    device: str  # "cpu" | "cuda", resolved
+    adapter_dtype: str  # resolved: the dtype that adapter images must be packed in
+
+
+class ResidentAdapter(NamedTuple):
+    """An adapter that the engine knows, and where it is."""
+
+    key: str
+    name: str  # "sql@3"
+    state: str  # loading | device | failed
+    num_bytes: int
+    num_pins: int  # sequences that hold it on the device
+    last_used_s: float  # seconds since its last use
+    reason: str = ""  # why it failed
