@@ -3,7 +3,8 @@
     EngineError
     ├── RequestRefused            the request was never accepted; the caller must change it
     │   ├── InvalidRequest          a token id, a parameter or a request id that cannot be honoured
-    │   └── RequestTooLong          it can never fit the model's length or the pool
+    │   ├── RequestTooLong          it can never fit the model's length or the pool
+    │   └── AdapterTooLarge         its adapter's image is larger than the pool or than the adapters' budget
     ├── RequestFailed             the request was accepted and ended with finish reason "failed"
     │   ├── DeadlineExceeded        its own deadline passed
     │   ├── AdapterLoadFailed       its adapter could not be brought to the device
@@ -11,7 +12,6 @@
     │   ├── StepFailed              the step it ran in broke                                  (retryable)
     │   └── OutOfMemory             not even alone does its chunk fit the device              (retryable)
     ├── AdapterBusy               an adapter in use, or being loaded, cannot be evicted       (retryable)
-    ├── AdapterTooLarge           an image larger than the pool or than the adapters' budget
     ├── NoRoomForAdapter          no run of units can be emptied for it now                   (retryable)
     ├── EngineUnavailable         the engine is starting, restarting, stopping or gone        (retryable)
     ├── EngineStartError          the engine could not start, with the reason
@@ -45,6 +45,10 @@ class RequestTooLong(RequestRefused):
     """The message gives the lengths, the limit and what to change."""
 
 
+class AdapterTooLarge(RequestRefused):
+    """Also raised by an explicit load; the message gives both sizes."""
+
+
 class RequestFailed(EngineError):
     """Travels as the record of a request that ended with finish reason "failed"."""
 
@@ -71,10 +75,6 @@ class OutOfMemory(RequestFailed):
 
 class AdapterBusy(EngineError):
     retryable = True
-
-
-class AdapterTooLarge(EngineError):
-    pass
 
 
 class NoRoomForAdapter(EngineError):
