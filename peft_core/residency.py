@@ -1,0 +1,138 @@
+"""Adapters that are resident on one device: one pool of bytes and a table of descriptors.
+
+The engine decides *which* adapter sits *where* (a slot and a byte offset in the pool); this
+module knows what those bytes mean. A resident adapter is an extent of the pool and one row
+in each descriptor array; nothing is copied per step, whatever the mix of ranks.
+
+        pool (uint8)   | ... | image of slot 0 | ... | image of slot 3 | KV blocks ...
+        down_row[slot, group]   first row of the down tiles in pool.view(-1, 16)
+        tiles[slot, group]      how many tiles, 0: this adapter does nothing there
+        up_row[slot, part]      first row of the up tiles in pool.view(-1, up_tile)
+        rank[slot, part]        exact rank, 0: this adapter does nothing there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from peft_core.errors import MalformedAdapter
+from peft_core.forms import LinearDelta
+from peft_core.image import DTYPES, IMAGE_ALIGNMENT_BYTES, site_views
+from peft_core.sites import DOWN_TILE, SiteGroup
+
+BASE = -1  # the slot of rows that use no adapter
+
+
+class Residency:
+    """Descriptors of all resident adapters of one device.
+
+    Changed by `bind` and `free` only, never by a step. `epochs[slot]` changes whenever the slot's
+    meaning does, so that anything derived from descriptors can tell that it is stale.
+    """
+
+    def __init__(self, pool: torch.Tensor, groups: Sequence[SiteGroup], tile: int, dtype: str) -> None:
+        """`pool`: [num_bytes] uint8 on the device, of a whole number of 256-byte rows."""
+        assert pool.numel() % IMAGE_ALIGNMENT_BYTES == 0, "the pool must be whole rows of every table"
+        self.groups = tuple(groups)
+        self.tile = tile
+        self.dtype_name = dtype
+        self.dtype = DTYPES[dtype]
+        self.elements = pool.view(self.dtype)  # [num_elements]
+        self.down_table = self.elements.view(-1, DOWN_TILE)
+        self.up_table = self.elements.view(-1, tile)
+        self.group_index = {group.leader: index for index, group in enumerate(self.groups)}
+        parts = [len(group.paths) for group in self.groups]
+        self.first_part = np.concatenate([[0], np.cumsum(parts)])[:-1]  # [groups]
+        self._num_parts = sum(parts)
+        self._sites: dict[int, dict[str, tuple[dict[str, Any], int]]] = {}
+        self._num_bytes: dict[int, int] = {}
+        self._allocate(0)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.tiles)
+
+    @property
+    def num_resident(self) -> int:
+        return len(self._num_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all resident images (a step's adapters are a subset)."""
+        return sum(self._num_bytes.values())
+
+    def bind(self, slot: int, header: Mapping[str, Any], offset_bytes: int) -> None:
+        """Give the image at `offset_bytes` of the pool the number `slot`.
+
+        Raises:
+            MalformedAdapter: the image was packed for another base, dtype or tiling.
+        """
+        assert slot not in self._num_bytes, f"slot {slot} is taken"
+        assert offset_bytes % IMAGE_ALIGNMENT_BYTES == 0
+        self._check(header)
+        self._grow(slot + 1)
+        base = offset_bytes // self.dtype.itemsize
+        sites = {}
+        for site in header["sites"]:
+            index = self.group_index[site["leader"]]
+            parts = slice(self.first_part[index], self.first_part[index] + len(site["ranks"]))
+            self.tiles[slot, index] = site["tiles"]
+            self.down_row[slot, index] = (base + site["down"]) // DOWN_TILE
+            self.rank[slot, parts] = site["ranks"]
+            self.up_row[slot, parts] = (base + np.asarray(site["ups"])) // self.tile
+            sites[site["leader"]] = (site, base)
+        self._sites[slot] = sites
+        self._num_bytes[slot] = header["num_bytes"]
+        self.epochs[slot] += 1
+
+    def free(self, slot: int) -> None:
+        """Forget the slot; its bytes belong to the caller again."""
+        del self._num_bytes[slot], self._sites[slot]
+        for table in (self.tiles, self.down_row, self.rank, self.up_row):
+            table[slot] = 0
+        self.epochs[slot] += 1
+
+    def view(self, slot: int, group: SiteGroup) -> dict[str, LinearDelta]:
+        """The matrices of one adapter at one group, copied out of the tiles; empty where it does nothing."""
+        entry = self._sites[slot].get(group.leader)
+        if entry is None:
+            return {}
+        site, base = entry
+        return site_views(site, group, self.elements[base:], self.tile)
+
+    def _check(self, header: Mapping[str, Any]) -> None:
+        for name, ours in (("dtype", self.dtype_name), ("up_tile", self.tile)):
+            if header[name] != ours:
+                raise MalformedAdapter(
+                    f"the adapter image was packed with {name} {header[name]}, this engine runs {ours}. Pack it again."
+                )
+        for site in header["sites"]:
+            if site["leader"] not in self.group_index:
+                raise MalformedAdapter(f"the adapter image changes {site['leader']}, which this base does not have.")
+
+    def _grow(self, num_slots: int) -> None:
+        if num_slots > self.num_slots:
+            self._allocate(max(num_slots, 2 * self.num_slots, 16))
+
+    def _allocate(self, num_slots: int) -> None:
+        shapes = {"tiles": len(self.groups), "down_row": len(self.groups), "rank": self._num_parts,
+                  "up_row": self._num_parts}  # fmt: skip
+        for name, width in shapes.items():
+            table = np.zeros((num_slots, width), np.int64)
+            if hasattr(self, name):
+                table[: len(getattr(self, name))] = getattr(self, name)
+            setattr(self, name, table)
+        epochs = np.zeros(num_slots, np.int64)
+        if hasattr(self, "epochs"):
+            epochs[: len(self.epochs)] = self.epochs
+        self.epochs = epochs
+
+    tiles: np.ndarray  # [slots, groups] int64
+    down_row: np.ndarray  # [slots, groups] int64
+    rank: np.ndarray  # [slots, parts] int64
+    up_row: np.ndarray  # [slots, parts] int64
+    epochs: np.ndarray  # [slots] int64
