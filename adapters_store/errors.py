@@ -1,0 +1,106 @@
+"""What can go wrong between a caller and the store.
+
+    StoreError
+    ├── InvalidName           a name, alias or reference outside the grammar
+    ├── UploadRefused
+    │   ├── FileRefused       a path that climbs, is not on the allow-list, or comes twice
+    │   ├── TooLarge          a cap on bytes or files
+    │   ├── DigestMismatch    the bytes are not those that the caller announced
+    │   └── InvalidHeader     not a well-formed safetensors file (names the tensor where one is to blame)
+    ├── DiskFull              not enough free space to take it
+    ├── NotFound
+    │   ├── AdapterNotFound
+    │   ├── VersionNotFound
+    │   └── AliasNotFound
+    ├── AdapterExists         the caller wanted to create, and it is there
+    ├── AliasInUse            a version cannot be deleted while an alias points to it
+    └── StoreUnusable
+        ├── StoreBusy         another process has the directory open
+        └── StoreDamaged      unknown schema, or a committed file that cannot be read
+
+`code` is stable: scripts and HTTP answers build on it. Nothing here knows HTTP.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class StoreError(Exception):
+    """Base of all errors of this package."""
+
+    code: ClassVar[str] = "store_error"
+
+
+class InvalidName(StoreError):
+    code = "invalid_name"
+
+
+class UploadRefused(StoreError):
+    code = "upload_refused"
+
+
+class FileRefused(UploadRefused):
+    code = "file_refused"
+
+
+class TooLarge(UploadRefused):
+    code = "too_large"
+
+
+class DigestMismatch(UploadRefused):
+    code = "digest_mismatch"
+
+
+class InvalidHeader(UploadRefused):
+    """A safetensors file that lies about itself or is cut short.
+
+    Attributes:
+        tensor: name of the tensor to blame, None when the file as a whole is.
+    """
+
+    code = "invalid_safetensors"
+
+    def __init__(self, message: str, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
+class DiskFull(StoreError):
+    code = "disk_full"
+
+
+class NotFound(StoreError):
+    code = "not_found"
+
+
+class AdapterNotFound(NotFound):
+    code = "adapter_not_found"
+
+
+class VersionNotFound(NotFound):
+    code = "version_not_found"
+
+
+class AliasNotFound(NotFound):
+    code = "alias_not_found"
+
+
+class AdapterExists(StoreError):
+    code = "adapter_exists"
+
+
+class AliasInUse(StoreError):
+    code = "alias_in_use"
+
+
+class StoreUnusable(StoreError):
+    code = "store_unusable"
+
+
+class StoreBusy(StoreUnusable):
+    code = "store_busy"
+
+
+class StoreDamaged(StoreUnusable):
+    code = "store_damaged"

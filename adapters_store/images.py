@@ -1,0 +1,117 @@
+"""The shelf of packed images: built once per effect and variant, found again at every start, never precious.
+
+The *effect* is what the adapter does (a digest of its canonical config and its tensors); the *variant* is what it was
+packed for (base fingerprint, dtype, packer version). A missing or odd image is rebuilt from the version's files.
+
+    images/<64 hex of the effect>-<variant>.img     written first
+    images/<64 hex of the effect>-<variant>.json    {"num_bytes", "file_bytes"}: the image counts once this is there
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters_store.durable import move_file, read_json, remove, write_json
+from adapters_store.errors import StoreDamaged
+
+_NAME = re.compile(r"([0-9a-f]{64})-([A-Za-z0-9_.-]+)\.(img|json)")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    path: Path
+    num_bytes: int  # of the payload, as the packer counts it
+
+
+@dataclass(frozen=True, slots=True)
+class StagedImage:
+    """An image that a packer has just written, about to be taken over."""
+
+    path: Path
+    variant: str
+    num_bytes: int
+
+
+class ImageShelf:
+    """All images of one store."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._images: dict[tuple[str, str], StoredImage] = {}  # (hex of effect, variant)
+        self._lock = threading.Lock()
+        for effect, variant in list(self._sidecars()):
+            self._recall(effect, variant)
+
+    def find(self, effect_digest: str, variant: str) -> StoredImage | None:
+        with self._lock:
+            return self._images.get((_hex(effect_digest), variant))
+
+    def adopt(self, effect_digest: str, image: StagedImage) -> StoredImage:
+        """Moves a synced image file onto the shelf; one that is there already stays and `image` is removed."""
+        present = self.find(effect_digest, image.variant)
+        if present is not None:
+            remove(image.path)
+            return present
+        effect = _hex(effect_digest)
+        path, sidecar = self._paths(effect, image.variant)
+        file_bytes = image.path.stat().st_size
+        move_file(image.path, path)
+        write_json(sidecar, {"num_bytes": image.num_bytes, "file_bytes": file_bytes})
+        stored = StoredImage(path, image.num_bytes)
+        with self._lock:
+            self._images[effect, image.variant] = stored
+        return stored
+
+    def discard(self, effect_digest: str) -> None:
+        """Removes every variant of an effect."""
+        effect = _hex(effect_digest)
+        with self._lock:
+            variants = [key for key in self._images if key[0] == effect]
+            for key in variants:
+                del self._images[key]
+        for key in variants:
+            self._remove_files(*key)
+
+    def keep_only(self, effect_digests: set[str]) -> None:
+        """Removes every image of an effect that is not among these, and every stray file."""
+        wanted = {_hex(digest) for digest in effect_digests}
+        with self._lock:
+            for key in [key for key in self._images if key[0] not in wanted]:
+                del self._images[key]
+        for entry in list(os.scandir(self._directory)):
+            match = _NAME.fullmatch(entry.name)
+            if match is None or (match[1], match[2]) not in self._images:
+                remove(Path(entry.path))
+
+    def _sidecars(self) -> Iterator[tuple[str, str]]:
+        for entry in os.scandir(self._directory):
+            match = _NAME.fullmatch(entry.name)
+            if match is not None and match[3] == "json":
+                yield match[1], match[2]
+
+    def _recall(self, effect: str, variant: str) -> None:
+        path, sidecar = self._paths(effect, variant)
+        try:
+            facts = read_json(sidecar)
+            if path.stat().st_size == facts["file_bytes"]:
+                self._images[effect, variant] = StoredImage(path, int(facts["num_bytes"]))
+        except (StoreDamaged, OSError, KeyError, TypeError, ValueError):
+            return  # it can be packed again
+
+    def _remove_files(self, effect: str, variant: str) -> None:
+        path, sidecar = self._paths(effect, variant)
+        remove(sidecar)
+        remove(path)
+
+    def _paths(self, effect: str, variant: str) -> tuple[Path, Path]:
+        stem = f"{effect}-{variant}"
+        return self._directory / f"{stem}.img", self._directory / f"{stem}.json"
+
+
+def _hex(effect_digest: str) -> str:
+    return effect_digest.removeprefix("sha256:")

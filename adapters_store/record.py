@@ -1,0 +1,146 @@
+"""What the store remembers of an adapter: one file per version, written once and never changed.
+
+`to_json` is exactly what stands in `versions/<name>/<n>.json`. State and reason are no part of it: whether a version
+can be served depends on the base that the store is opened for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from adapters_store.errors import StoreDamaged
+
+SCHEMA = 1
+
+JsonObject = Mapping[str, Any]
+
+
+class VersionState(StrEnum):
+    READY = "ready"
+    INCOMPATIBLE = "incompatible"  # committed for another base; untouched, and ready again when that base returns
+    FAILED = "failed"  # its bytes or its image turned out unusable
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    path: str  # relative, "adapter_config.json"
+    size: int  # bytes
+    sha256: str  # 64 hex digits; also the blob's name
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.size, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the bytes came from.
+
+    `stamp` is whatever lets the same source be recognised as unchanged without reading it, such as sizes and
+    modification times of a directory's files; empty when there is no such thing.
+    """
+
+    uri: str  # "upload:", "file:///adapters/sql"
+    revision: str | None = None
+    stamp: JsonObject = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"uri": self.uri, "revision": self.revision, "stamp": dict(self.stamp)}
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Source:
+        return cls(data["uri"], data["revision"], data["stamp"])
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a commit adds to the files: everything that the store takes on trust from whoever checked them."""
+
+    effect_digest: str  # "sha256:...": identity of the packed image and of K/V
+    base_fingerprint: str
+    base_model: str | None = None  # as the adapter's config names it
+    report: JsonObject = field(default_factory=dict)  # the load report, opaque here
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    name: str
+    version: int
+    created_at: str  # RFC 3339, UTC
+    manifest_digest: str  # "sha256:...": identity of the files
+    files: tuple[StoredFile, ...]  # sorted by path
+    source: Source
+    content: Content
+    state: VersionState = VersionState.READY
+    reason: str | None = None  # why it is not ready
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its files together."""
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "name": self.name,
+            "version": self.version,
+            "created_at": self.created_at,
+            "manifest_digest": self.manifest_digest,
+            "files": [file.to_json() for file in self.files],
+            "source": self.source.to_json(),
+            "effect_digest": self.content.effect_digest,
+            "base_fingerprint": self.content.base_fingerprint,
+            "base_model": self.content.base_model,
+            "report": dict(self.content.report),
+        }
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> AdapterVersion:
+        """Raises StoreDamaged if `data` is not what `to_json` writes."""
+        if data.get("schema") != SCHEMA:
+            raise StoreDamaged(f"a version of schema {data.get('schema')!r}; this program reads schema {SCHEMA}.")
+        try:
+            return cls(
+                name=data["name"],
+                version=data["version"],
+                created_at=data["created_at"],
+                manifest_digest=data["manifest_digest"],
+                files=tuple(StoredFile(item["path"], item["size"], item["sha256"]) for item in data["files"]),
+                source=Source.from_json(data["source"]),
+                content=Content(data["effect_digest"], data["base_fingerprint"], data["base_model"], data["report"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise StoreDamaged(f"a version's record lacks or mistypes {error}.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """One name with everything that is committed under it."""
+
+    name: str
+    versions: tuple[AdapterVersion, ...]  # ascending
+    aliases: Mapping[str, int]
+
+    @property
+    def latest(self) -> AdapterVersion:
+        return self.versions[-1]
+
+    @property
+    def created_at(self) -> str:
+        return self.versions[0].created_at
+
+    @property
+    def updated_at(self) -> str:
+        return self.versions[-1].created_at
+
+
+def manifest_digest(files: Iterable[StoredFile]) -> str:
+    """Identity of a set of files: the order they came in does not matter, their names do."""
+    lines = sorted(f"{file.path}:{file.size}:{file.sha256}\n" for file in files)
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
