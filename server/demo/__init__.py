@@ -1,0 +1,21 @@
+"""The built-in base, its adapters and how they were made.
+
+    BASE_DIR                 the base: weights, tokenizer, chat template
+    ADAPTERS_DIR / NAME      one directory an adapter, as HF `peft` saves it
+
+Held here are only the names that the server needs; importing them loads no model and no torch. The data was generated
+by `server.demo.corpus`, trained by `server.demo.train` and can be judged by `server.demo.evaluate`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BASE_DIR = Path(__file__).parent / "data" / "base"
+ADAPTERS_DIR = Path(__file__).parent / "data" / "adapters"
+ADAPTER_NAMES = ("french", "json", "pirate", "shout")
+EXAMPLE_PROMPT = (
+    "How do I bake a lemon cake at 350 degrees with 200 grams of flour, 3 eggs and 2 spoons of sugar in 25 minutes?\n"
+)
+
+__all__ = ["ADAPTERS_DIR", "ADAPTER_NAMES", "BASE_DIR", "EXAMPLE_PROMPT"]

@@ -1,0 +1,69 @@
+"""The demo's base: a small Llama trained from nothing on the corpus.
+
+Hidden matrices are trained by Muon (orthogonalised momentum, Jordan 2024), everything
+else by AdamW; that reaches copying in about half of AdamW's steps. Trained in float32,
+stored in bfloat16 and scored as stored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from server.demo.batches import batches
+from server.demo.corpus import documents, questions
+from server.demo.fit import Fit, Schedule, exam_of, score_of
+from server.demo.registers import PLAIN
+from server.demo.tokenizer import MAX_LENGTH, build_tokenizer, load_tokenizer
+
+BATCH_SIZE = 32
+SCHEDULE = Schedule(num_steps=4000, num_warmup_steps=100, score_every=100, target_score=0.995)
+NUM_EXAM_QUESTIONS = 200
+EXAM_SEED = 7001
+
+
+def base_config(vocab_size: int) -> LlamaConfig:
+    """About 1.1 million parameters: small enough to ship, deep enough to copy."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def train_base(directory: Path, seed: int) -> float:
+    """Train tokenizer and base, write both to the directory, return the score as stored."""
+    directory.mkdir(parents=True, exist_ok=True)
+    wrapped = build_tokenizer(seed)
+    wrapped.save_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(base_config(len(wrapped)))
+    exam = exam_of(PLAIN, questions(EXAM_SEED, NUM_EXAM_QUESTIONS), tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    stream = batches(documents(seed), tokenizer, BATCH_SIZE, generator)
+    Fit("base", model, _optimizers(model), SCHEDULE).run(stream, exam)
+    model = model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0, do_sample=False, max_new_tokens=160)
+    model.save_pretrained(directory)
+    return score_of(model, exam)
+
+
+def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    hidden = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim < 2 or "embed" in name]
+    return [
+        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
