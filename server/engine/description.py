@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +20,3 @@ class EngineDescription:
     dtype: str  # "float32" | "bfloat16" | "float16", resolved
     device: str  # "cpu" | "cuda", resolved
     adapter_dtype: str  # resolved: the dtype that adapter images must be packed in
-
-
-class ResidentAdapter(NamedTuple):
-    """An adapter that the engine knows, and where it is."""
-
-    key: str
-    name: str  # "sql@3"
-    state: str  # loading | device | failed
-    num_bytes: int
-    num_pins: int  # sequences that hold it on the device
-    last_used_s: float  # seconds since its last use
-    reason: str = ""  # why it failed
