@@ -87,6 +87,10 @@ class AdapterManager:
     def num_pins(self) -> int:
         return sum(record.num_pins for record in self._records.values())
 
+    def is_loading(self, key: str) -> bool:
+        record = self._records.get(key)
+        return record is not None and record.state is AdapterState.LOADING
+
     def units_of(self, ticket: AdapterTicket) -> int:
         """Units that the image takes, at least one."""
         return max(1, -(-ticket.num_bytes // self._unit_bytes))

@@ -178,8 +178,8 @@ class BlockManager:
             run.is_idle = True
             self._lru[first] = None
             self.num_idle_run_units += run.num_units
+            self._changes += 1
         self._lru.move_to_end(first)
-        self._changes += 1
 
     def free_run(self, first: int) -> None:
         """Give the run's units back; whoever calls knows, so nobody is told."""

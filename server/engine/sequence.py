@@ -50,6 +50,7 @@ class Sequence:
         "arrival",
         "block_hashes",
         "deadline",
+        "max_length",
         "num_cached_tokens",
         "passed_over_since",
         "prompt_length",
@@ -60,10 +61,11 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int, deadline: float | None = None) -> None:
+    def __init__(self, request: EngineRequest, arrival: int, *, max_length: int, deadline: float | None = None) -> None:
         wants_prompt_logprobs = request.params.num_prompt_logprobs is not None
         self.request = request
         self.arrival = arrival  # strictly increasing over submissions: smaller is older
+        self.max_length = max_length  # tokens known when it ends by length
         self.deadline = deadline  # on the engine's clock, seconds
         self.status = SequenceStatus.WAITING
         self.row = NO_ROW
@@ -134,7 +136,7 @@ class SequenceTable:
     def num_active(self) -> int:
         return self.max_num_seqs - len(self._free_rows)
 
-    def join(self, sequence: Sequence, *, slot: int, max_length: int) -> int:
+    def join(self, sequence: Sequence, slot: int) -> int:
         """Give the sequence the lowest free row, with its tokens and no blocks; returns the row."""
         assert sequence.row == NO_ROW, "a sequence joins once"
         row = heapq.heappop(self._free_rows)
@@ -145,7 +147,7 @@ class SequenceTable:
         self.computed[row] = 0
         self.num_blocks[row] = 0
         self.prompt_length[row] = sequence.prompt_length
-        self.max_length[row] = max_length
+        self.max_length[row] = sequence.max_length
         self.min_length[row] = sequence.prompt_length + params.min_new_tokens
         self.slot[row] = slot
         self.arrival[row] = sequence.arrival
