@@ -24,14 +24,13 @@ from typing import Any, BinaryIO, NoReturn
 
 from adapters_store.errors import InvalidHeader
 
-DTYPE_BYTES: Mapping[str, int] = dict(
-    [
-        *((name, 8) for name in ("F64", "I64", "U64")),
-        *((name, 4) for name in ("F32", "I32", "U32")),
-        *((name, 2) for name in ("F16", "BF16", "I16", "U16")),
-        *((name, 1) for name in ("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")),
-    ]
-)
+_DTYPES_BY_BYTES = {
+    8: ("F64", "I64", "U64"),
+    4: ("F32", "I32", "U32"),
+    2: ("F16", "BF16", "I16", "U16"),
+    1: ("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+}
+DTYPE_BYTES: Mapping[str, int] = {dtype: size for size, dtypes in _DTYPES_BY_BYTES.items() for dtype in dtypes}
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"

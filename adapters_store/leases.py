@@ -38,7 +38,7 @@ class LeaseBook:
 
     def __init__(self) -> None:
         self._counts: Counter[VersionKey] = Counter()
-        self._waiting: dict[VersionKey, list[Callable[[], None]]] = {}
+        self._waiting: dict[VersionKey, list[Callable[[], object]]] = {}
         self._lock = threading.Lock()
 
     def take(self, version: AdapterVersion) -> Lease:
@@ -66,7 +66,7 @@ class LeaseBook:
         with self._lock:
             return self._counts.total()
 
-    def when_idle(self, name: str, version: int, callback: Callable[[], None]) -> None:
+    def when_idle(self, name: str, version: int, callback: Callable[[], object]) -> None:
         """Calls back once nobody holds the version: at once, or in the thread that gives the last lease back."""
         with self._lock:
             if self._counts[name, version]:

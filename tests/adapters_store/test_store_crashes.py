@@ -1,0 +1,162 @@
+"""A process is killed at every point where it changes the disk; the store must then hold one of two states, whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters_store.catalog import Catalog
+from adapters_store.errors import DiskFull
+from adapters_store.names import parse_reference
+from tests.adapters_store import crash_script
+from tests.adapters_store.store_samples import BASE, commit
+
+State = dict[str, Any]
+
+
+def prepare(store: Path) -> None:
+    catalog = Catalog(store, BASE)
+    for _ in range(5):  # numbers 1 to 5 are used up, so no number is right by chance
+        commit(catalog, "sql", 0)
+        catalog.delete("sql")
+    commit(catalog, "sql", 1)
+    commit(catalog, "sql", 3, aliases=("canary",))
+    catalog.set_alias("sql", "canary", 6)
+    commit(catalog, "bystander", 4)
+    catalog.close()
+
+
+def state_of(store: Path) -> State:
+    """Everything that a user can see, and that nothing unseen is left."""
+    catalog = Catalog(store, BASE)
+    records = catalog.page().records
+    used = set()
+    for record in records:
+        for version in record.versions:
+            assert version.state == "ready"
+            for path in catalog.files_of(version).values():
+                assert path.exists()
+                used.add(path.name)
+    assert {path.name for path in (store / "blobs" / "sha256").iterdir()} == used
+    assert list((store / "staging").iterdir()) == []
+    assert not list(store.rglob("*.tmp"))
+    state = {
+        record.name: ([version.version for version in record.versions], dict(record.aliases)) for record in records
+    }
+    catalog.close()
+    return state
+
+
+def run(store: Path, scenario: str, point: int, side: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, crash_script.__file__, str(store), scenario, str(point), side],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("scenario", sorted(crash_script.SCENARIOS))
+def test_a_crash_anywhere_leaves_the_state_before_or_after(tmp_path: Path, scenario: str) -> None:
+    origin = tmp_path / "origin"
+    prepare(origin)
+    before = state_of(origin)
+    done = tmp_path / "done"
+    shutil.copytree(origin, done)
+    alive = run(done, scenario, 0, "BEFORE")
+    assert alive.returncode == 0, alive.stderr
+    after = state_of(done)
+    assert after != before
+    seen = []
+    for point in range(1, int(alive.stdout) + 1):
+        for side in ("BEFORE", "AFTER"):
+            store = tmp_path / f"{point}-{side}"
+            shutil.copytree(origin, store)
+            assert run(store, scenario, point, side).returncode == 9
+            state = state_of(store)
+            assert state in (before, after), f"killed {side} change {point}"
+            assert state_of(store) == state  # opening settled it
+            seen.append(state)
+    assert before in seen
+    assert after in seen
+    first_after = seen.index(after)
+    assert all(state == after for state in seen[first_after:]), "a committed change came undone"
+
+
+def test_what_is_renamed_was_synced_first_and_its_directory_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    catalog = Catalog(store, BASE)
+    events: list[tuple[str, str]] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        events.append(("rename", f"{source}>{target}"))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    commit(catalog, "sql", 1)
+    catalog.delete("sql")
+    catalog.close()
+    renames = [(number, text.split(">")) for number, (kind, text) in enumerate(events) if kind == "rename"]
+    assert len(renames) >= 5  # two blobs, an alias, a version, a tombstone
+    for number, (source, target) in renames:
+        assert ("sync", source) in events[:number]
+        assert events[number + 1] == ("sync", str(Path(target).parent))
+    assert f"{store}/versions/sql/1.json" in [target for _, (_, target) in renames][-2]  # the commit itself comes last
+
+
+@pytest.mark.parametrize("fatal_call", range(1, 12))
+def test_an_error_in_the_middle_of_a_commit_changes_nothing_that_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal_call: int
+) -> None:
+    store = tmp_path / "store"
+    catalog = Catalog(store, BASE)
+    commit(catalog, "sql", 1)
+    num_calls = 0
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == fatal_call:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        try:
+            commit(catalog, "sql", 2)
+            failed = False
+        except DiskFull:
+            failed = True
+    assert failed == (fatal_call <= num_calls)
+    if failed:
+        assert catalog.look_up(parse_reference("sql")).version == 1
+        commit(catalog, "sql", 3, aliases=())
+        assert catalog.look_up(parse_reference("sql")).version == 1
+    seen = catalog.look_up(parse_reference("sql")).version
+    catalog.close()
+    again = Catalog(store, BASE)
+    assert again.look_up(parse_reference("sql")).version == seen
+    again.close()
+
+
+def test_a_killed_process_lets_go_of_the_store(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    prepare(store)
+    assert run(store, "upload", 1, "BEFORE").returncode == 9
+    Catalog(store, BASE).close()
