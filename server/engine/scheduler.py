@@ -86,9 +86,14 @@ class Scheduler:
         )
 
     def take_failed(self) -> list[tuple[Sequence, EngineError]]:
-        """Waiting sequences that can never run, since the last call; they are out of the queue."""
+        """Waiting sequences that can never run, since the last call; the caller withdraws them."""
         failed, self._failed = self._failed, []
         return failed
+
+    def withdraw(self, sequence: Sequence, status: SequenceStatus) -> None:
+        """End a sequence that is not running; it leaves the queue."""
+        self.waiting.remove(sequence)
+        sequence.status = status
 
     def register_computed(self, sequence: Sequence) -> None:
         """Let others find the sequence's full computed blocks."""
@@ -196,7 +201,7 @@ class Scheduler:
             try:
                 acquired = None if sequence.key in absent else self._adapters.acquire(sequence.adapter)
             except AdapterLoadFailed as error:
-                self._give_up(sequence, error)
+                self._failed.append((sequence, error))
                 return _Verdict.FAILED, 0
             if acquired is None:
                 absent.add(sequence.key)
@@ -269,11 +274,7 @@ class Scheduler:
             try:
                 self._adapters.prefetch(sequence.adapter)
             except AdapterLoadFailed as error:
-                self._give_up(sequence, error)
-
-    def _give_up(self, sequence: Sequence, error: EngineError) -> None:
-        self.waiting.remove(sequence)
-        self._failed.append((sequence, error))
+                self._failed.append((sequence, error))
 
 
 def _crowded_out(counts: Int32Array, chosen: Int32Array) -> int:

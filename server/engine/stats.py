@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+
+import numpy as np
+
+from server.engine.sequence import BASE_SLOT, Int32Array
+from server.engine.step import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +50,36 @@ class EngineStats:
         if not self.num_units:
             return 0.0
         return (self.units_kv + self.units_adapters_pinned) / self.num_units
+
+
+@dataclass(slots=True)
+class StepTotals:
+    """What the engine itself counts, step by step; the rest is counted by pool, scheduler and adapters."""
+
+    total_steps: int = 0
+    total_generation_tokens: int = 0
+    total_steps_shed: int = 0
+    total_steps_failed: int = 0
+    last_step_s: float = 0.0
+    finished: Counter[str] = field(default_factory=Counter)
+    _last_tokens: int = 0
+    _last_slots: Int32Array | None = None  # [sequences of the last step]
+
+    def count_step(self, plan: StepPlan, slots: Int32Array) -> None:
+        self.total_steps += 1
+        self._last_tokens = plan.num_tokens
+        self._last_slots = slots
+
+    def snapshot(self) -> EngineStats:
+        slots = np.empty(0, np.int32) if self._last_slots is None else self._last_slots
+        return EngineStats(
+            last_step_sequences=len(slots),
+            last_step_tokens=self._last_tokens,
+            last_step_adapters=len(np.unique(slots[slots != BASE_SLOT])),
+            last_step_s=self.last_step_s,
+            total_steps=self.total_steps,
+            total_generation_tokens=self.total_generation_tokens,
+            total_steps_shed=self.total_steps_shed,
+            total_steps_failed=self.total_steps_failed,
+            total_finished=dict(self.finished),
+        )
