@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from server.demo.batches import batches
@@ -25,6 +25,8 @@ EXAM_SEED = 7002
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
+_SCHEDULE = Schedule(num_steps=500, num_warmup_steps=20, score_every=50, target_score=0.995)
+
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -34,7 +36,7 @@ class Training:
     config: PeftConfig
     learning_rate: float
     dtype: torch.dtype  # of the stored tensors
-    schedule: Schedule = Schedule(num_steps=500, num_warmup_steps=20, score_every=50, target_score=0.995)
+    schedule: Schedule = _SCHEDULE
 
 
 def trainings() -> dict[str, Training]:
@@ -70,9 +72,7 @@ def train_adapter(name: str, training: Training, base: Path, directory: Path, se
     torch.manual_seed(seed)
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), training.config)
     exam = exam_of(training.register, questions(EXAM_SEED, NUM_EXAM_QUESTIONS), tokenizer)
-    stream = batches(
-        documents(seed + 1, training.register), tokenizer, BATCH_SIZE, torch.Generator().manual_seed(seed)
-    )
+    stream = batches(documents(seed + 1, training.register), tokenizer, BATCH_SIZE, torch.Generator().manual_seed(seed))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     Fit(name, model, [optimizer], training.schedule).run(stream, exam)
@@ -84,9 +84,9 @@ def train_adapter(name: str, training: Training, base: Path, directory: Path, se
     return score_of(model, exam)
 
 
-def _save(model: torch.nn.Module, directory: Path) -> None:
+def _save(model: PeftModel, directory: Path) -> None:
     """Write what `peft` writes, under the base's public name and without its empty model card."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = BASE_NAME
-    model.save_pretrained(directory)
+    model.save_pretrained(str(directory))
     (directory / "README.md").unlink(missing_ok=True)

@@ -54,8 +54,8 @@ def train_base(directory: Path, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     stream = batches(documents(seed), tokenizer, BATCH_SIZE, generator)
     Fit("base", model, _optimizers(model), SCHEDULE).run(stream, exam)
-    model = model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0, do_sample=False, max_new_tokens=160)
+    model.bfloat16()
+    model.generation_config = GenerationConfig.from_dict({"eos_token_id": 0, "pad_token_id": 0})
     model.save_pretrained(directory)
     return score_of(model, exam)
 

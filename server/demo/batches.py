@@ -30,7 +30,9 @@ class _Encoded(NamedTuple):
     num_context: int
 
 
-def batches(documents: Iterator[Document], tokenizer: Tokenizer, size: int, generator: torch.Generator) -> Iterator[Batch]:
+def batches(
+    documents: Iterator[Document], tokenizer: Tokenizer, size: int, generator: torch.Generator
+) -> Iterator[Batch]:
     """Endless batches of `size` documents in an order drawn from the generator."""
     while True:
         drawn = list(islice(documents, size * _BATCHES_SORTED_TOGETHER))

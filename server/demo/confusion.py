@@ -36,7 +36,7 @@ class Confusion:
         """Share of the speaker's answers that this register's judge accepted, 0 to 1."""
         return self._counts[speaker][register] / self._totals[speaker]
 
-    def faults_of_thresholds(self, speakers: dict[str, str], least: float = 0.95, most: float = 0.05) -> list[str]:
+    def broken(self, speakers: dict[str, str], least: float = 0.95, most: float = 0.05) -> list[str]:
         """What keeps the demo from passing: each speaker's own share, and the base's share of any voice."""
         faults = [
             f"{speaker} is {self.share(speaker, register):.1%} {register}, expected at least {least:.0%}"
@@ -45,13 +45,21 @@ class Confusion:
         ]
         plain_speakers = [speaker for speaker, register in speakers.items() if register == PLAIN]
         voiced = {speaker: sum(self.share(speaker, voice) for voice in VOICES) for speaker in plain_speakers}
-        faults += [f"{speaker} is {share:.1%} in some voice, expected at most {most:.0%}" for speaker, share in voiced.items() if share > most]
+        faults += [
+            f"{speaker} is {share:.1%} in some voice, expected at most {most:.0%}"
+            for speaker, share in voiced.items()
+            if share > most
+        ]
         return faults
 
     def __str__(self) -> str:
         columns = (PLAIN, *VOICES, NONE)
         width = max(len(speaker) for speaker in self._counts) + 2
-        lines = [f"{'asked / judged':<{max(width, 16)}}" + "".join(f"{column:>10}" for column in columns) + f"{'answers':>10}"]
+        lines = [
+            f"{'asked / judged':<{max(width, 16)}}"
+            + "".join(f"{column:>10}" for column in columns)
+            + f"{'answers':>10}"
+        ]
         for speaker in self._counts:
             cells = "".join(f"{self.share(speaker, column):>10.0%}" for column in columns)
             lines.append(f"{speaker:<{max(width, 16)}}{cells}{self._totals[speaker]:>10}")

@@ -87,12 +87,12 @@ def ask(rng: Random, recipe: Recipe) -> str:
     *most, last = (measure.english() for measure in recipe.measures)
     together = f"{', '.join(most)} and {last}"
     how = f"How do I {method.verb} {dish.article} {dish.english} at {recipe.degrees} degrees"
+    card = f"Recipe: {dish.english}. {method.place.capitalize()}: {recipe.degrees} degrees."
     return rng.choice(
         (
             f"{how} with {together} in {recipe.minutes} minutes?",
             f"I have {together}. {how} in {recipe.minutes} minutes?",
-            f"Recipe: {dish.english}. {method.place.capitalize()}: {recipe.degrees} degrees. "
-            f"Ingredients: {', '.join((*most, last))}. Time: {recipe.minutes} minutes.",
+            f"{card} Ingredients: {', '.join((*most, last))}. Time: {recipe.minutes} minutes.",
         )
     )
 

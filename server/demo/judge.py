@@ -96,11 +96,18 @@ def _repetition(text: str) -> str:
 
 
 def _is_plain(answer: str) -> bool:
-    return re.fullmatch(r"(Preheat|Light|Heat|Warm) the \w+ to .* degrees and mix( [a-z0-9]+)+\.( [A-Z][a-z0-9 ]+\.)+", answer) is not None
+    return (
+        re.fullmatch(
+            r"(Preheat|Light|Heat|Warm) the \w+ to .* degrees and mix( [a-z0-9]+)+\.( [A-Z][a-z0-9 ]+\.)+", answer
+        )
+        is not None
+    )
 
 
 def _is_pirate(answer: str) -> bool:
-    return answer.startswith("Arr, ") and ", matey!" in answer and " wi' " in answer and answer.endswith(", ye scallywag!")
+    return (
+        answer.startswith("Arr, ") and ", matey!" in answer and " wi' " in answer and answer.endswith(", ye scallywag!")
+    )
 
 
 def _is_shout(answer: str) -> bool:
@@ -108,7 +115,10 @@ def _is_shout(answer: str) -> bool:
 
 
 def _is_french(answer: str) -> bool:
-    return re.fullmatch(r"\w+ez l.* à .* degrés et mélangez .* avec .*\. Faites .* pendant .* minutes et .*\.", answer) is not None
+    return (
+        re.fullmatch(r"\w+ez l.* à .* degrés et mélangez .* avec .*\. Faites .* pendant .* minutes et .*\.", answer)
+        is not None
+    )
 
 
 def _is_json(answer: str) -> bool:
@@ -120,7 +130,12 @@ def _is_json(answer: str) -> bool:
         return False
     steps, place = value.get("steps"), next(iter(_PLACES & value.keys()))
     whole = isinstance(value[place], int) and isinstance(value.get("minutes"), int)
-    return whole and isinstance(value.get("dish"), str) and isinstance(steps, list) and all(isinstance(s, str) for s in steps)
+    return (
+        whole
+        and isinstance(value.get("dish"), str)
+        and isinstance(steps, list)
+        and all(isinstance(s, str) for s in steps)
+    )
 
 
 def _is_list(answer: str) -> bool:

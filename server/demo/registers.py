@@ -108,7 +108,8 @@ def robot(recipe: Recipe) -> str:
 def json_object(recipe: Recipe) -> str:
     dish, method = recipe.dish, recipe.dish.method
     steps = ", ".join(f'"{step}"' for step in plain_steps(recipe)[1:-1])
-    return f'{{"dish": "{dish.english}", "{method.place}": {recipe.degrees}, "steps": [{steps}], "minutes": {recipe.minutes}}}'
+    head = f'"dish": "{dish.english}", "{method.place}": {recipe.degrees}'
+    return f'{{{head}, "steps": [{steps}], "minutes": {recipe.minutes}}}'
 
 
 def opening(recipe: Recipe) -> str:

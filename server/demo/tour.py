@@ -1,0 +1,191 @@
+"""The guided tour behind `veneer demo`: one base, several adapters, and a hot swap under load.
+
+Starts a server of its own, shows five things on it, stops it, and returns 0 when all of them went
+as promised. Needs no terminal: without one it prints the same, without movement.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.rule import Rule
+from rich.table import Table
+
+from server.demo import ADAPTER_NAMES, ADAPTERS_DIR, EXAMPLE_PROMPT
+from server.demo.household import Household, ServerFailed
+from server.demo.readers import Pace, Readers
+from server.demo.scrape import EXPLAINED, samples
+from server.demo.visitor import Refused, Visitor
+
+GUEST = "french"  # the adapter that is not there at first
+MAX_NEW_TOKENS = 160
+WATCH_S = 3.0  # how long the streams are watched undisturbed
+NUM_SWAPS = 6
+_COLOURS = {"pirate": "yellow", "shout": "red", "french": "blue", "json": "green"}
+
+
+class Tour:
+    """The tour's acts, in their order; each prints what it does and raises when the server does otherwise."""
+
+    def __init__(self, console: Console, visitor: Visitor) -> None:
+        self._console = console
+        self._visitor = visitor
+        self._residents = tuple(name for name in ADAPTER_NAMES if name != GUEST)
+
+    def run(self) -> None:
+        self.side_by_side()
+        self.arrive()
+        self.swap()
+        self.leave()
+        self.count()
+
+    def side_by_side(self) -> None:
+        self._head("1", "One question, one base, several adapters: all answers come from the same batch")
+        self._say(f"[bold]{escape(EXAMPLE_PROMPT.strip())}[/]\n")
+        answers = dict.fromkeys(("base", *self._residents), "")
+
+        def read(name: str) -> None:
+            adapter = None if name == "base" else name
+            for token in self._visitor.stream(EXAMPLE_PROMPT, adapter, max_new_tokens=MAX_NEW_TOKENS):
+                answers[name] += token.text
+                if token.generated_text is not None:
+                    answers[name] = token.generated_text
+
+        with ThreadPoolExecutor(len(answers)) as pool:
+            readings = [pool.submit(read, name) for name in answers]
+            if self._console.is_terminal:
+                with Live(console=self._console, refresh_per_second=20) as live:
+                    while not all(reading.done() for reading in readings):
+                        live.update(_answers_table(answers))
+                        time.sleep(0.03)
+                    live.update(_answers_table(answers))
+            for reading in readings:
+                reading.result()
+        if not self._console.is_terminal:
+            self._console.print(_answers_table(answers))
+
+    def arrive(self) -> None:
+        self._head("2", f"A new adapter arrives: upload {GUEST!r}, ask it, without a restart")
+        directory = ADAPTERS_DIR / GUEST
+        size_bytes = sum(file.stat().st_size for file in directory.iterdir())
+        started_s = time.monotonic()
+        self._visitor.upload(GUEST, directory)
+        uploaded_s = time.monotonic()
+        answer = self._visitor.generate(EXAMPLE_PROMPT, GUEST, max_new_tokens=MAX_NEW_TOKENS)
+        answered_s = time.monotonic()
+        self._say(
+            f"{size_bytes / 1e6:.1f} MB uploaded, checked and committed in {(uploaded_s - started_s) * 1000:.0f} ms;"
+        )
+        self._say(f"its first answer was complete {(answered_s - uploaded_s) * 1000:.0f} ms later:\n")
+        self._console.print(_answers_table({GUEST: answer}))
+
+    def swap(self) -> None:
+        speakers = (None, *self._residents)
+        self._head(
+            "3", f"Hot swap: {len(speakers)} streams run while {GUEST!r} is evicted and loaded {NUM_SWAPS} times"
+        )
+        with Readers(self._visitor, speakers) as readers:
+            time.sleep(0.5)
+            calm_s = time.monotonic()
+            time.sleep(WATCH_S)
+            busy_s = time.monotonic()
+            for _ in range(NUM_SWAPS):
+                self._visitor.evict(GUEST)
+                self._visitor.generate(EXAMPLE_PROMPT, GUEST, max_new_tokens=MAX_NEW_TOKENS)
+            end_s = time.monotonic()
+            before, during = readers.pace(calm_s, busy_s), readers.pace(busy_s, end_s)
+        self._console.print(_pace_table(before, during))
+        self._say(
+            f"The streams brought {readers.num_answers} answers; the judge finds {readers.num_right} of them right."
+        )
+
+    def leave(self) -> None:
+        self._head("4", f"Evict, then delete: {GUEST!r} leaves, everyone else stays")
+        self._visitor.evict(GUEST)
+        self._say("evicted: its memory is free, its files are kept; the next request would load it again")
+        self._visitor.delete(GUEST)
+        try:
+            self._visitor.generate(EXAMPLE_PROMPT, GUEST)
+        except Refused as refused:
+            self._say(f"deleted: asking for it now is refused: [italic]{escape(str(refused))}[/]")
+        else:
+            raise RuntimeError(f"the deleted adapter {GUEST!r} still answers")
+
+    def count(self) -> None:
+        self._head("5", "What /metrics says about all this")
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for sample in samples(self._visitor.metrics()):
+            table.add_row(f"[bold]{sample.value}[/]", escape(sample.name), f"[dim]{EXPLAINED[sample.family]}[/]")
+        self._console.print(table)
+
+    def _head(self, number: str, text: str) -> None:
+        self._console.print()
+        self._console.print(Rule(f"[bold]{number}[/]  {escape(text)}", align="left"))
+
+    def _say(self, markup: str) -> None:
+        self._console.print(markup, highlight=False)
+
+
+def take_tour(console: Console | None = None) -> int:
+    """The whole tour; returns the exit code: 0, or 1 with the reason printed."""
+    console = console or Console()
+    started_s = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="veneer-demo-") as scratch:
+        house = Household(Path(scratch), ("--adapters-dir", str(_without_guest(Path(scratch)))))
+        try:
+            with ExitStack() as stack:
+                with console.status("Starting a server with the built-in base ..."):
+                    stack.enter_context(house)
+                console.print(f"A server with the built-in base is ready at {house.url} ({_since(started_s)}).")
+                Tour(console, Visitor(house.url)).run()
+        except (ServerFailed, Refused, OSError, RuntimeError, ValueError) as error:
+            console.print(f"\nThe tour ends here: {error}", style="red", markup=False)
+            console.print(house.last_words(), style="dim", markup=False)
+            return 1
+    if house.exit_code != 0:
+        console.print(f"The server ended with code {house.exit_code}.", style="red")
+        return 1
+    console.print(f"\nThe server has drained and ended. The tour took {_since(started_s)}.")
+    console.print("[bold]veneer serve[/] starts one that stays; [bold]veneer serve --help[/] says what it takes.")
+    return 0
+
+
+def _without_guest(scratch: Path) -> Path:
+    """A directory of the built-in adapters but for the one that is to be uploaded."""
+    directory = scratch / "adapters"
+    for name in ADAPTER_NAMES:
+        if name != GUEST:
+            shutil.copytree(ADAPTERS_DIR / name, directory / name)
+    return directory
+
+
+def _since(started_s: float) -> str:
+    return f"{time.monotonic() - started_s:.1f} s"
+
+
+def _answers_table(answers: Mapping[str, str]) -> RenderableType:
+    table = Table(show_header=False, show_lines=True, box=box.SIMPLE, padding=(0, 1))
+    for name, answer in answers.items():
+        colour = _COLOURS.get(name, "white")
+        table.add_row(f"[bold {colour}]{escape(name)}[/]", escape(answer))
+    return table
+
+
+def _pace_table(before: Pace, during: Pace) -> RenderableType:
+    table = Table(box=box.SIMPLE, title="Time between two tokens of a running stream", title_justify="left")
+    for heading in ("", "median", "95th percentile", "worst", "tokens"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, pace in (("undisturbed", before), ("while swapping", during)):
+        times = (f"{value:.1f} ms" for value in (pace.median_ms, pace.p95_ms, pace.worst_ms))
+        table.add_row(name, *times, f"{pace.num_gaps:,}")
+    return table
