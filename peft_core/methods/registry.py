@@ -1,0 +1,65 @@
+"""Which decoder reads which kind, and the two doors to all of them.
+
+    check   config + header         -> report            no data is read: refuses before a download or an upload ends
+    decode  config + header + data  -> forms and report  the same decisions, then the numbers
+
+Everything that an adapter brings is used, known to be irrelevant, or named in a refusal. How the forms are packed and
+where they live is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from peft_core.forms import AdapterForms
+from peft_core.methods import lora
+from peft_core.methods.kinds import kind_of, refuse_kind
+from peft_core.methods.report import Decoded, DecodeReport
+from peft_core.methods.tensors import Header, TensorSource
+from peft_core.spec import BaseModelSpec
+
+
+class Plan(Protocol):
+    """All decisions about one adapter; `read` only turns tensors into forms."""
+
+    @property
+    def report(self) -> DecodeReport: ...
+
+    def read(self, tensors: TensorSource) -> AdapterForms: ...
+
+
+Planner = Callable[[Mapping[str, Any], Header, BaseModelSpec], Plan]
+
+_PLANNERS: Mapping[str, Planner] = {lora.KIND: lora.plan_lora}
+SERVED_KINDS = tuple(sorted(_PLANNERS))
+
+
+def check(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> DecodeReport:
+    """Decide from names and shapes whether an adapter can be served on a base, and how.
+
+    Args:
+        config: adapter_config.json, its objects in the order of the file (patterns depend on it).
+        header: name -> dtype and shape of every tensor in the file.
+
+    Raises:
+        UnsupportedAdapter, MalformedAdapter, BaseMismatch: naming the field or the tensor that is to blame.
+    """
+    return _plan(config, header, spec).report
+
+
+def decode(config: Mapping[str, Any], tensors: TensorSource, spec: BaseModelSpec) -> Decoded:
+    """Turn an adapter into forms: float32, on the host, scalings folded in.
+
+    Raises:
+        UnsupportedAdapter, MalformedAdapter, BaseMismatch: as `check`, and for values that are NaN or infinite.
+    """
+    plan = _plan(config, tensors.header, spec)
+    return Decoded(plan.read(tensors), plan.report)
+
+
+def _plan(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> Plan:
+    kind = kind_of(config)
+    if kind not in _PLANNERS:
+        refuse_kind(kind, SERVED_KINDS)
+    return _PLANNERS[kind](config, header, spec)

@@ -1,0 +1,48 @@
+"""What a decoder tells about an adapter: what was matched, what was set aside and why, what looks odd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from peft_core.forms import AdapterForms
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedSite:
+    path: str
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeReport:
+    kind: str  # as `peft_type` says it
+    sites: tuple[MatchedSite, ...]  # in the base model's order
+    num_parameters: int
+    irrelevant_fields: Mapping[str, str]  # field of the config -> why it does not change the outputs
+    irrelevant_tensors: tuple[str, ...]  # kept by training, without effect on the outputs
+    warnings: tuple[str, ...]  # sentences for whoever uploaded it
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, ascending."""
+        return tuple(sorted({site.rank for site in self.sites}))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ranks included."""
+        return {
+            "kind": self.kind,
+            "ranks": list(self.ranks),
+            "sites": [asdict(site) for site in self.sites],
+            "num_parameters": self.num_parameters,
+            "irrelevant_fields": dict(self.irrelevant_fields),
+            "irrelevant_tensors": list(self.irrelevant_tensors),
+            "warnings": list(self.warnings),
+        }
+
+
+class Decoded(NamedTuple):
+    forms: AdapterForms
+    report: DecodeReport

@@ -1,0 +1,167 @@
+"""Which modules of the base a config means, exactly as HF PEFT reads it.
+
+    a string     a pattern that must match the whole path (`all-linear`: every linear but the head)
+    a list       each entry is a whole path or the end of one: "q_proj" means "....q_proj"
+    exclusions   read the same way, and stronger
+    layers       only for entries that are the end of a path: the first numbered part of the path must be among them
+
+(https://huggingface.co/docs/peft/developer_guides/lora, and `check_target_module_exists` of PEFT 0.21.)
+
+Running example: TargetRule(("q_proj",), layers=(0, 2)) over three layers
+    matches("model.layers.0.self_attn.q_proj")  -> True
+    matches("model.layers.1.self_attn.q_proj")  -> False
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter, shown
+from peft_core.spec import BaseModelSpec
+
+Names = str | tuple[str, ...]  # a pattern, or names; () is nothing
+ALL_LINEAR = "all-linear"
+_ANY_LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRule:
+    targets: Names
+    exclude: Names = ()
+    layers: tuple[int, ...] = ()  # () is all
+    layers_patterns: tuple[str, ...] = ()  # () is any
+
+    def __post_init__(self) -> None:
+        """Raises MalformedAdapter, naming the field, where a pattern is not a regular expression."""
+        if isinstance(self.targets, str):
+            require_pattern("target_modules", self.targets)
+        if isinstance(self.exclude, str):
+            require_pattern("exclude_modules", self.exclude)
+        for pattern in self.layers_patterns:
+            require_pattern("layers_pattern", pattern, _layer_expression(pattern))
+
+    def matches(self, path: str) -> bool:
+        if _names_match(self.exclude, path):
+            return False
+        if not _names_match(self.targets, path):
+            return False
+        if isinstance(self.targets, str) or path in self.targets or not self.layers:
+            return True
+        return self.layer_of(path) in self.layers
+
+    def layer_of(self, path: str) -> int | None:
+        """The number that `layers` speaks of; None for a path outside numbered layers."""
+        for pattern in self.layers_patterns or (None,):
+            found = re.match(_ANY_LAYER if pattern is None else _layer_expression(pattern), path)
+            if found:
+                return int(found["layer"])
+        return None
+
+
+def targeted_sites(rule: TargetRule, spec: BaseModelSpec) -> frozenset[str]:
+    """Paths of the linears (and the head) that a rule means.
+
+    Raises:
+        BaseMismatch: a target, or a layer, does not exist in this base.
+        UnsupportedAdapter: a target is there, but is no linear.
+    """
+    if isinstance(rule.targets, str) and rule.targets.lower() == ALL_LINEAR:
+        every = (site.path for site in spec.sites.values() if site.kind == "linear")
+        return frozenset(path for path in every if not _names_match(rule.exclude, path))
+    _require_existing(rule, spec)
+    for path in spec.other_modules:
+        if rule.matches(path):
+            _refuse_other(rule, path)
+    matched = frozenset(path for path in spec.sites if rule.matches(path))
+    for path in matched:
+        if spec.sites[path].kind == "embedding":
+            raise UnsupportedAdapter(
+                f'field "target_modules" means the embedding "{path}": adapters on embeddings are not served yet. '
+                "Train without it, or leave it out of target_modules.",
+                field="target_modules",
+                value=_plain(rule.targets),
+            )
+    return matched
+
+
+def first_match(patterns: Mapping[str, float], path: str) -> float | None:
+    """The value of the first pattern, in the order of the file, that fits the end of a path."""
+    key = first_pattern(patterns, path)
+    return None if key is None else patterns[key]
+
+
+def first_pattern(patterns: Iterable[str], path: str) -> str | None:
+    """As `first_match`, but the pattern itself."""
+    return next((pattern for pattern in patterns if re.match(_ending_expression(pattern), path)), None)
+
+
+def require_endings(field: str, patterns: Iterable[str]) -> None:
+    """Raises MalformedAdapter, naming the field, unless `first_match` can use every pattern."""
+    for pattern in patterns:
+        require_pattern(field, pattern, _ending_expression(pattern))
+
+
+def require_pattern(field: str, pattern: str, expression: str | None = None) -> None:
+    """Raises MalformedAdapter, naming the field, unless a pattern, as it is used, is a regular expression."""
+    try:
+        re.compile(pattern if expression is None else expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise MalformedAdapter(
+            f'field "{field}" holds {shown(pattern)}, which is no regular expression: {error}. '
+            "Correct adapter_config.json.",
+            field=field,
+            value=pattern,
+        ) from error
+
+
+def _ending_expression(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _layer_expression(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
+
+
+def _names_match(names: Names, path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def _require_existing(rule: TargetRule, spec: BaseModelSpec) -> None:
+    paths = (*spec.sites, *spec.other_modules)
+    entries = (rule.targets,) if isinstance(rule.targets, str) else rule.targets
+    for entry in entries:
+        wanted: Names = entry if isinstance(rule.targets, str) else (entry,)
+        if not any(_names_match(wanted, path) for path in paths):
+            raise BaseMismatch(
+                f'field "target_modules" names {shown(entry)}, which this base ({spec.model_type}) does not have. '
+                "Use the base that the adapter was trained on; if the adapter has no tensors for it, remove the entry.",
+                field="target_modules",
+                value=entry,
+            )
+    present = {rule.layer_of(path) for path in spec.sites}
+    for layer in rule.layers:
+        if layer not in present:
+            raise BaseMismatch(
+                f'field "layers_to_transform" names layer {layer}, which this base ({spec.num_layers} layers) does '
+                "not have. Use the base that the adapter was trained on.",
+                field="layers_to_transform",
+                value=layer,
+            )
+
+
+def _refuse_other(rule: TargetRule, path: str) -> None:
+    what = "expert weights, which are not served yet" if "experts" in path.split(".") else "not a linear module"
+    raise UnsupportedAdapter(
+        f'field "target_modules" means "{path}", which is {what}. Adapters are served on linear modules; '
+        "leave it out of target_modules.",
+        field="target_modules",
+        value=_plain(rule.targets),
+    )
+
+
+def _plain(names: Names) -> object:
+    return names if isinstance(names, str) else list(names)
