@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from server.engine import errors
 from server.engine.description import EngineDescription
 from server.engine.request import (
     AdapterState,
@@ -170,3 +171,11 @@ def residents_from_json(data: list[Json]) -> list[ResidentAdapter]:
 def _logprobs_from_json(record: list[Any]) -> TokenLogprobs:
     token_id, logprob, rank, top = record
     return TokenLogprobs(token_id, logprob, rank, tuple((other_id, other) for other_id, other in top))
+
+
+def error_from_record(record: EngineErrorRecord) -> errors.EngineError:
+    """The exception that a record tells of; one of a kind we do not know is a plain `EngineError`."""
+    found = getattr(errors, record.kind, None)
+    if isinstance(found, type) and issubclass(found, errors.EngineError):
+        return found(record.message)
+    return errors.EngineError(record.message)

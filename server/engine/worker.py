@@ -156,11 +156,14 @@ class EngineLoop:
 
 def serve(channel: WorkerChannel, build: Build) -> int:
     """Build the engine that the first message describes, then run it; the exit status of the process."""
+    messages: list[Message] = []
     try:
-        channel.wait()
-        config = EngineConfig.from_json(channel.receive()[0]["config"])
+        while not messages:
+            channel.wait()
+            messages = channel.receive()
     except ChannelClosed:
         return 0
+    config = EngineConfig.from_json(messages[0]["config"])
 
     def tell(stage: str, fraction: float) -> None:
         channel.send({"kind": wire.PROGRESS, "stage": stage, "fraction": fraction})
@@ -180,6 +183,18 @@ def serve(channel: WorkerChannel, build: Build) -> int:
     return 0
 
 
+def build_named(name: str) -> Build:
+    """The builder MODULE:FUNCTION; imported when it is called, so that what fails then is told to the front."""
+
+    def build(config: EngineConfig, progress: Progress) -> tuple[SteppedEngine, EngineDescription]:
+        module, _, function = name.partition(":")
+        progress("import", 0.0)
+        found: Build = getattr(importlib.import_module(module), function)
+        return found(config, progress)
+
+    return build
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m server.engine.worker", description="Started by the front.")
     parser.add_argument("--fd", type=int, required=True, help="descriptor of the channel to the front")
@@ -187,9 +202,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     channel = WorkerChannel.open(options.fd)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
-    module, _, function = options.build.partition(":")
-    build: Build = getattr(importlib.import_module(module), function)
-    return serve(channel, build)
+    return serve(channel, build_named(options.build))
 
 
 if __name__ == "__main__":
