@@ -248,6 +248,8 @@ class AdapterManager:
         self._reader.start(ticket, first_unit, num_units)
 
     def _make_room_in_budget(self, num_units: int) -> bool:
+        if self._max_units == self._blocks.num_units:
+            return True  # no budget but the pool, which chooses by place as well as by age
         while self._num_units + num_units > self._max_units:
             oldest = next(iter(self._idle.values()), None)
             if oldest is None or self._blocks.runs[oldest.first_unit].last_used == self._blocks.tick:
