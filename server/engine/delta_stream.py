@@ -24,6 +24,7 @@ class DeltaStream:
         self.submitted_s = submitted_s
         self.first_token_s: float | None = None
         self.last_token_s = submitted_s
+        self.queue_s = 0.0  # accepted until first scheduled, by the engine's clock
         self.num_tokens = 0
         self._on_leave = on_leave
         self._loop = asyncio.get_running_loop()
