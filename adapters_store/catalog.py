@@ -81,7 +81,8 @@ class Catalog:
 
     def close(self) -> None:
         """Lets another process open the store. Again is harmless."""
-        self._layout.close()
+        with self._changing:
+            self._layout.close()
 
     # ------------------------------------------------------------------ reading
 
@@ -280,6 +281,8 @@ class Catalog:
 
     def _purge(self, version: AdapterVersion) -> None:
         with self._changing:
+            if not self._layout.is_open:
+                return  # the next opening finishes it
             with self._reading:
                 blobs, effect = self._index.forget(version)
             remove(self._layout.version_path(version.name, version.version))

@@ -26,6 +26,15 @@ _NAME = re.compile(r"([0-9a-f]{64})-([A-Za-z0-9_.-]+)\.(img|json)")
 class StoredImage:
     path: Path
     num_bytes: int  # of the payload, as the packer counts it
+    file_bytes: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file is still there at its full length."""
+        try:
+            return self.path.stat().st_size == self.file_bytes
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +57,10 @@ class ImageShelf:
             self._recall(effect, variant)
 
     def find(self, effect_digest: str, variant: str) -> StoredImage | None:
+        """The image, if it is there and whole."""
         with self._lock:
-            return self._images.get((_hex(effect_digest), variant))
+            image = self._images.get((_hex(effect_digest), variant))
+        return image if image is not None and image.is_whole else None
 
     def adopt(self, effect_digest: str, image: StagedImage) -> StoredImage:
         """Moves a synced image file onto the shelf; one that is there already stays and `image` is removed."""
@@ -62,7 +73,7 @@ class ImageShelf:
         file_bytes = image.path.stat().st_size
         move_file(image.path, path)
         write_json(sidecar, {"num_bytes": image.num_bytes, "file_bytes": file_bytes})
-        stored = StoredImage(path, image.num_bytes)
+        stored = StoredImage(path, image.num_bytes, file_bytes)
         with self._lock:
             self._images[effect, image.variant] = stored
         return stored
@@ -98,10 +109,11 @@ class ImageShelf:
         path, sidecar = self._paths(effect, variant)
         try:
             facts = read_json(sidecar)
-            if path.stat().st_size == facts["file_bytes"]:
-                self._images[effect, variant] = StoredImage(path, int(facts["num_bytes"]))
+            image = StoredImage(path, int(facts["num_bytes"]), int(facts["file_bytes"]))
         except (StoreDamaged, OSError, KeyError, TypeError, ValueError):
             return  # it can be packed again
+        if image.is_whole:
+            self._images[effect, variant] = image
 
     def _remove_files(self, effect: str, variant: str) -> None:
         path, sidecar = self._paths(effect, variant)

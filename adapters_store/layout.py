@@ -59,6 +59,10 @@ class Layout:
             self._lock = -1
 
     @property
+    def is_open(self) -> bool:
+        return self._lock >= 0
+
+    @property
     def versions(self) -> Path:
         return self.root / "versions"
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from adapters_store.errors import StoreDamaged
+from adapters_store.names import DEFAULT_ALIAS
 
 SCHEMA = 1
 
@@ -121,23 +122,43 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """One name with everything that is committed under it."""
+    """One name with everything that is known under it.
+
+    A name may have no version: a directory was found and could not be registered, and `failure` says why. With
+    versions, `failure` says why its newest files are not among them.
+    """
 
     name: str
-    versions: tuple[AdapterVersion, ...]  # ascending
-    aliases: Mapping[str, int]
+    versions: tuple[AdapterVersion, ...] = ()  # ascending
+    aliases: Mapping[str, int] = field(default_factory=dict)
+    failure: str | None = None
 
     @property
-    def latest(self) -> AdapterVersion:
-        return self.versions[-1]
+    def latest(self) -> AdapterVersion | None:
+        return self.versions[-1] if self.versions else None
 
     @property
-    def created_at(self) -> str:
-        return self.versions[0].created_at
+    def default(self) -> AdapterVersion | None:
+        """What the bare name means; the latest version where the alias `default` is not set."""
+        number = self.aliases.get(DEFAULT_ALIAS)
+        return next((version for version in self.versions if version.version == number), self.latest)
 
     @property
-    def updated_at(self) -> str:
-        return self.versions[-1].created_at
+    def state(self) -> VersionState:
+        return VersionState.FAILED if self.default is None else self.default.state
+
+    @property
+    def reason(self) -> str | None:
+        """Why `state` is not ready."""
+        return self.failure if self.default is None else self.default.reason
+
+    @property
+    def created_at(self) -> str | None:
+        return self.versions[0].created_at if self.versions else None
+
+    @property
+    def updated_at(self) -> str | None:
+        return self.versions[-1].created_at if self.versions else None
 
 
 def manifest_digest(files: Iterable[StoredFile]) -> str:

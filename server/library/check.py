@@ -1,0 +1,49 @@
+"""What the front checks of an upload before the loader sees it: cheap, without torch, trusting nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adapters_store.errors import InvalidHeader
+from adapters_store.header import read_header
+from adapters_store.staging import CONFIG_FILE, WEIGHTS_FILE, Stage
+from server.loader.errors import AdapterRefused
+
+
+def check_files(stage: Stage) -> None:
+    """Whether a stage holds an adapter whose weights' header is sound. Reads headers only.
+
+    Raises:
+        AdapterRefused: a file is missing.
+        InvalidHeader: the weights are no sound safetensors file (the tensor is named).
+    """
+    present = {file.path for file in stage.files}
+    missing = [path for path in (CONFIG_FILE, WEIGHTS_FILE) if path not in present]
+    if missing:
+        raise AdapterRefused(
+            f"{missing[0]} is missing. An adapter is {CONFIG_FILE} and {WEIGHTS_FILE}, as `save_pretrained` of PEFT "
+            "writes them.",
+            code="missing_file",
+        )
+    for path in sorted(present):
+        if path.endswith(".safetensors"):
+            _check_header(stage, path)
+
+
+def _check_header(stage: Stage, path: str) -> None:
+    try:
+        read_header(stage.path_of(path))
+    except InvalidHeader as error:
+        raise InvalidHeader(f"{path}: {error}", error.tensor) from error
+
+
+def check_rank(report: Mapping[str, Any], max_rank: int | None) -> None:
+    """Raises AdapterRefused if an adapter is of a higher rank than the operator allows."""
+    rank = max(report["ranks"], default=0)
+    if max_rank is not None and rank > max_rank:
+        raise AdapterRefused(
+            f"the adapter has rank {rank}; this server was started with a limit of {max_rank}. Train a smaller "
+            "adapter, or raise or drop --max-lora-rank.",
+            code="rank_too_large",
+        )

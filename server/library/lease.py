@@ -1,0 +1,38 @@
+"""A resolved reference: the version that it meant at that moment, and what the engine needs to load it."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from adapters_store.images import StoredImage
+from adapters_store.leases import Lease
+from adapters_store.record import AdapterVersion
+from server.engine.request import AdapterTicket
+
+
+class AdapterLease:
+    """Holds a version's files and image until it is released. Releasing again is harmless."""
+
+    def __init__(self, lease: Lease, image: StoredImage) -> None:
+        self._lease = lease
+        self.ticket = AdapterTicket(
+            key=lease.version.content.effect_digest,
+            name=str(lease.version),
+            image_path=str(image.path),
+            num_bytes=image.num_bytes,
+        )
+
+    @property
+    def version(self) -> AdapterVersion:
+        return self._lease.version
+
+    def release(self) -> None:
+        self._lease.release()
+
+    def __enter__(self) -> AdapterLease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,266 @@
+"""All adapters of one server: what is uploaded or found, checked, packed, committed, and resolved for a request.
+
+    library = await Library.open(store_dir, loader)
+    committed = await library.add(stage, "sql")          files -> checked, packed, committed; or refused with a reason
+    with await library.resolve("sql@prod") as lease:     the version that it means now, held until the block ends
+        engine.submit(EngineRequest(..., adapter=lease.ticket))
+
+It introduces the store, which knows files, to the loader, which knows adapters. It sees no engine and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from adapters_store.catalog import Catalog, Committed
+from adapters_store.errors import AdapterNotFound
+from adapters_store.images import StagedImage, StoredImage
+from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name, parse_reference
+from adapters_store.record import AdapterRecord, AdapterVersion, Content, Source, VersionState
+from adapters_store.staging import Stage, StageLimits
+from server.library.check import check_files, check_rank
+from server.library.directory import AdapterDirectory
+from server.library.errors import AdapterUnusable
+from server.library.lease import AdapterLease
+from server.library.registrar import Discovered, OnEach, Registrar
+from server.library.shared_work import SharedWork
+from server.loader.errors import AdapterRefused
+from server.loader.job import Loader, Prepared, PrepareJob
+
+_IMAGE_FILE = "packed.image"  # in a stage; no adapter can hold a file of this name
+_PAGE = 1000
+
+
+class Deleted(NamedTuple):
+    versions: list[AdapterVersion]
+    num_leases_left: int  # requests that still run on them; their bytes go with the last one
+
+
+class Library:
+    """Call from one event loop. What blocks on the disk runs in threads, what needs torch in the loader."""
+
+    def __init__(self, catalog: Catalog, loader: Loader, *, max_rank: int | None = None) -> None:
+        self.catalog = catalog
+        self._loader = loader
+        self._max_rank = max_rank
+        self._work = SharedWork()
+        self._registrar = Registrar(catalog, self.add)
+
+    @classmethod
+    async def open(
+        cls, directory: Path, loader: Loader, *, limits: StageLimits | None = None, max_rank: int | None = None
+    ) -> Library:
+        """The library over the store in `directory`, for the base that `loader` packs for.
+
+        Raises:
+            StoreUnusable: the directory is in use, of another schema, or no store.
+        """
+        cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reclaim")
+        opening = functools.partial(
+            Catalog, directory, loader.target.fingerprint, limits=limits, reclaim=cleaner.submit
+        )
+        return cls(await asyncio.to_thread(opening), loader, max_rank=max_rank)
+
+    async def close(self) -> None:
+        """Gives up work in progress, ends the loader and lets go of the store. Again is harmless."""
+        await self._work.close()
+        await self._loader.close()
+        self.catalog.close()
+
+    # -------------------------------------------------------------------- adding
+
+    def stage(self) -> Stage:
+        """An empty stage for `add`. Raises DiskFull."""
+        return self.catalog.stage()
+
+    async def check(self, stage: Stage) -> Prepared:
+        """Everything that `add` does before the commit; the packed image lies in the stage.
+
+        Raises:
+            AdapterRefused, UploadRefused: what is wrong with the adapter.
+            LoaderUnavailable: try again.
+        """
+        await asyncio.to_thread(check_files, stage)
+        files = {file.path: str(stage.path_of(file.path)) for file in stage.files}
+        prepared = await self._loader.prepare(PrepareJob(files, str(stage.directory / _IMAGE_FILE)))
+        check_rank(prepared.report, self._max_rank)
+        return prepared
+
+    async def add(
+        self,
+        stage: Stage,
+        name: str,
+        *,
+        source: Source | None = None,
+        aliases: Iterable[str] = (DEFAULT_ALIAS,),
+        create_only: bool = False,
+    ) -> Committed:
+        """Makes a complete stage a version of `name` and moves `aliases` to it; see `Catalog.commit`.
+
+        The stage is taken over and closed. Once called it runs to its end, even if the caller is cancelled. Two calls
+        with the same files and name do the work once.
+
+        Raises:
+            InvalidName, AdapterExists, DiskFull: nothing was committed.
+            AdapterRefused, UploadRefused, LoaderUnavailable: as `check`.
+        """
+        wanted = source or Source("upload:")
+        return await self._work.finish(self._add(stage, name, wanted, tuple(aliases), create_only))
+
+    async def _add(
+        self, stage: Stage, name: str, source: Source, aliases: tuple[str, ...], create_only: bool
+    ) -> Committed:
+        try:
+            check_name(name)
+            for alias in aliases:
+                check_alias(alias)
+            async with self._work.turn(f"{name} {stage.manifest_digest}"):
+                known = self.catalog.find_content(name, stage.manifest_digest)
+                content, image = (known.content, None) if known is not None else await self._prepare(stage)
+                commit = functools.partial(self.catalog.commit, stage, name, content, source)
+                committed = await asyncio.to_thread(commit, image=image, aliases=aliases, create_only=create_only)
+            self._registrar.failures.pop(name, None)
+            return committed
+        finally:
+            await asyncio.to_thread(stage.close)
+
+    async def _prepare(self, stage: Stage) -> tuple[Content, StagedImage]:
+        prepared = await self.check(stage)
+        content = Content(
+            effect_digest=prepared.effect_digest,
+            base_fingerprint=self.catalog.base_fingerprint,
+            base_model=prepared.base_model,
+            report=prepared.report,
+        )
+        return content, StagedImage(stage.directory / _IMAGE_FILE, self._loader.variant, prepared.num_bytes)
+
+    async def register(self, directory: AdapterDirectory) -> Committed:
+        """One adapter's directory, see `Registrar.register`."""
+        return await self._registrar.register(directory)
+
+    async def discover(self, adapters_dir: Path, on_each: OnEach | None = None) -> Discovered:
+        """Every adapter below a directory, see `Registrar.discover`."""
+        return await self._registrar.discover(adapters_dir, on_each)
+
+    # --------------------------------------------------------------------- using
+
+    def look_up(self, reference: str) -> AdapterVersion:
+        """The version that a reference means now. Raises InvalidName, NotFound, AdapterUnusable (failed directory)."""
+        parsed = parse_reference(reference)
+        try:
+            return self.catalog.look_up(parsed)
+        except AdapterNotFound as error:
+            if parsed.name in self._registrar.failures:
+                raise AdapterUnusable(
+                    f"adapter {parsed.name!r} could not be registered: {self._registrar.failures[parsed.name]}"
+                ) from error
+            raise
+
+    async def resolve(self, reference: str) -> AdapterLease:
+        """A lease on the version that a reference means now, its image in place. Release it when the request ends.
+
+        Raises:
+            InvalidName, NotFound: there is no such thing.
+            AdapterUnusable: it is there, and cannot be served by this server.
+            LoaderUnavailable: its image is missing and could not be packed now; try again.
+        """
+        self.look_up(reference)
+        lease = self.catalog.lease(parse_reference(reference))
+        try:
+            return AdapterLease(lease, await self.ensure_image(lease.version))
+        except BaseException:
+            lease.release()
+            raise
+
+    async def ensure_image(self, version: AdapterVersion) -> StoredImage:
+        """The packed image of a leased version; packed again when it is missing. Raises as `resolve`."""
+        if version.state is not VersionState.READY:
+            raise AdapterUnusable(f"{version} is {version.state}: {version.reason}")
+        check_rank(version.content.report, self._max_rank)
+        image = self.catalog.find_image(version, self._loader.variant)
+        if image is not None:
+            return image
+        return await self._work.share(version.content.effect_digest, functools.partial(self._rebuild, version))
+
+    async def _rebuild(self, version: AdapterVersion) -> StoredImage:
+        stage = await asyncio.to_thread(self.stage)
+        try:
+            path = stage.directory / _IMAGE_FILE
+            files = {name: str(blob) for name, blob in self.catalog.files_of(version).items()}
+            prepared = await self._loader.prepare(PrepareJob(files, str(path)))
+            if prepared.effect_digest != version.content.effect_digest:
+                raise AdapterRefused("its files in the store have changed. Upload it again.", code="store_damaged")
+            image = StagedImage(path, self._loader.variant, prepared.num_bytes)
+            return await asyncio.to_thread(self.catalog.keep_image, version, image)
+        except AdapterRefused as error:
+            self.catalog.mark(version, VersionState.FAILED, error.message)
+            raise AdapterUnusable(f"{version} cannot be served any more: {error.message}") from error
+        finally:
+            await asyncio.to_thread(stage.close)
+
+    # ------------------------------------------------------------------- looking
+
+    @property
+    def num_adapters(self) -> int:
+        """Names with at least one version."""
+        return self.catalog.num_adapters
+
+    async def list(self, prefix: str = "") -> tuple[AdapterRecord, ...]:
+        """Every adapter whose name begins with `prefix`, sorted by name, failed directories included."""
+        records: dict[str, AdapterRecord] = {}
+        after: str | None = ""
+        while after is not None:
+            page = self.catalog.page(prefix, _PAGE, after)
+            records.update((record.name, record) for record in page.records)
+            after = page.next_after
+        for name, reason in self._registrar.failures.items():
+            if name.startswith(prefix):
+                records[name] = replace(records.get(name, AdapterRecord(name)), failure=reason)
+        return tuple(records[name] for name in sorted(records))
+
+    async def show(self, name: str) -> AdapterRecord:
+        """One adapter. Raises AdapterNotFound."""
+        failure = self._registrar.failures.get(name)
+        try:
+            return replace(self.catalog.record(name), failure=failure)
+        except AdapterNotFound:
+            if failure is None:
+                raise
+            return AdapterRecord(name, failure=failure)
+
+    # ------------------------------------------------------------------ changing
+
+    async def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Raises InvalidName, AdapterNotFound, VersionNotFound."""
+        await asyncio.to_thread(self.catalog.set_alias, name, alias, version)
+
+    async def delete(
+        self, name: str, version: int | None = None, *, force: bool = False, drain_timeout_s: float = 0.0
+    ) -> Deleted:
+        """Takes a version or an adapter out of sight at once, then waits up to `drain_timeout_s` for those who use it.
+
+        Running requests are never cut off: what is left after the wait ends by itself, and its bytes go then.
+        Raises AdapterNotFound, VersionNotFound, AliasInUse.
+        """
+        if (
+            version is None
+            and self._registrar.failures.pop(name, None) is not None
+            and not self._registrar.versions(name)
+        ):
+            return Deleted([], 0)
+        doomed = await asyncio.to_thread(functools.partial(self.catalog.delete, name, version, force=force))
+        if drain_timeout_s > 0:
+            await asyncio.wait([asyncio.create_task(self._drained(item)) for item in doomed], timeout=drain_timeout_s)
+        return Deleted(doomed, sum(self.catalog.leases.count(name, item.version) for item in doomed))
+
+    async def _drained(self, version: AdapterVersion) -> None:
+        loop, idle = asyncio.get_running_loop(), asyncio.Event()
+        wake = functools.partial(loop.call_soon_threadsafe, idle.set)
+        self.catalog.leases.when_idle(version.name, version.version, wake)
+        await idle.wait()

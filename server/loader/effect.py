@@ -1,0 +1,54 @@
+"""Identity of what an adapter does: equal digests mean equal outputs on the same base.
+
+Taken over the fields of the config that matter, in a canonical form, and over the tensors that matter, by name. The
+order of tensors in the file, metadata, spacing, random order of lists that are sets, and fields that only steer
+training or say who wrote the file do not change it. The order of patterns does: the first that matches wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from server.loader.tensor_file import TensorFile
+
+_NAMES_ONLY = frozenset(
+    {"base_model_name_or_path", "task_type"}
+)  # compared in a warning or refused, never computed with
+_ORDERED = frozenset({"rank_pattern", "alpha_pattern"})  # objects in which the first match wins
+_SCHEMA = "effect-1"
+
+
+def effect_digest(
+    config: Mapping[str, Any],
+    tensors: TensorFile,
+    irrelevant_fields: Collection[str] = (),
+    irrelevant_tensors: Collection[str] = (),
+) -> str:
+    """The digest, "sha256:..."; `irrelevant_*` are what its decoder set aside. Reads every tensor once."""
+    digest = hashlib.sha256(f"{_SCHEMA}\n{canonical_config(config, irrelevant_fields)}\n".encode())
+    for name in sorted(set(tensors.header) - set(irrelevant_tensors)):
+        entry = tensors.entry(name)
+        digest.update(f"{json.dumps(name)} {entry.dtype} {list(entry.shape)}\n".encode())
+        for chunk in tensors.chunks(name):
+            digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def canonical_config(config: Mapping[str, Any], irrelevant_fields: Collection[str] = ()) -> str:
+    """The fields that matter as one line of JSON. Fields that are absent, null, false or empty are the same."""
+    kept = {
+        field: list(value.items()) if field in _ORDERED and isinstance(value, dict) else _without_order(value)
+        for field, value in config.items()
+        if field not in irrelevant_fields and field not in _NAMES_ONLY and value not in (None, False, "", [], {})
+    }
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"))
+
+
+def _without_order(value: object) -> object:
+    """Lists of the fields that a decoder uses are sets: module names, layer numbers."""
+    if isinstance(value, list):
+        return sorted(value, key=lambda item: json.dumps(item, sort_keys=True))
+    return value
