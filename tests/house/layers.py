@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 WEB = ("fastapi", "starlette", "uvicorn")
 ENGINE_DOORS = ("server.engine.client", "server.engine.request", "server.engine.errors")
+# ... and what they say of themselves, as plain data.
+API_DOORS = (*ENGINE_DOORS, "server.engine.metrics", "server.engine.stats", "server.loader.errors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ LAYERS = (
     Layer("server/library", ("server.api", "server.front", "server.engine", *WEB), doors=ENGINE_DOORS),
     Layer("server/loader", ("server.api", "server.front", "server.engine", *WEB)),
     Layer("server/front", ("server.api", "server.loader.worker", *WEB)),
-    Layer("server/api", ("server.engine", "server.loader", "peft_core"), doors=ENGINE_DOORS),
+    Layer("server/api", ("server.engine", "server.loader", "peft_core"), doors=API_DOORS),
 )
 
 # The front process and the planning half of the engine: no torch, directly or by whatever they import.
