@@ -152,6 +152,13 @@ class AdapterManager:
         self._start(ticket)
         return False
 
+    def touch(self, key: str) -> None:
+        """Count a resident adapter as used just now."""
+        self.num_records_visited += 1
+        record = self._records[key]
+        if record.num_pins == 0:
+            self._touch(record)
+
     def load(self, ticket: AdapterTicket) -> AdapterState:
         """Explicit load: DEVICE, or LOADING with an event to follow. A failure in the past does not count.
 

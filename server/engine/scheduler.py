@@ -7,8 +7,8 @@ what is known (as vLLM's v1 scheduler does it). Running sequences come first, th
        ^                                   |
        +--- preempt: full blocks stay cached, row and pin go --+ (the youngest, when a running one finds no block)
 
-A sequence whose adapter is not on the device is passed over, not waited for. Once it was passed over for
-`max_pass_over_steps` steps and what it lacks is room, nothing younger is admitted before it.
+A sequence whose adapter is not on the device is passed over, not waited for. Once it has lacked room (for the adapter
+or for its blocks) for `max_pass_over_steps` steps, nothing younger is admitted before it.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Scheduler:
             elif verdict is _Verdict.BATCH_FULL:
                 self._prefetch(head[index : index + _PREFETCH_WINDOW], absent)
                 break
-            elif verdict is _Verdict.NO_BLOCKS or (verdict is _Verdict.NO_ADAPTER and self._holds_others(sequence)):
+            elif verdict is not _Verdict.FAILED and self._holds_others(sequence, verdict):
                 break
         rows = np.concatenate((rows, np.array(new_rows, np.int32)))
         return rows, np.concatenate((counts, np.array(new_counts, np.int32)))
@@ -245,7 +245,7 @@ class Scheduler:
             self.num_prefix_queries += sequence.prompt_length
             self.num_prefix_hits += num_cached_tokens
         sequence.status = SequenceStatus.RUNNING
-        sequence.passed_over_since = None
+        sequence.lacks_room_since = None
         self._runner.join(sequence)
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
@@ -256,25 +256,36 @@ class Scheduler:
         hashes = block_hash.hashes_of(sequence, sequence.tokens, num_blocks, self._block_size)
         return self._blocks.match(hashes[:num_blocks])
 
-    def _holds_others(self, sequence: Sequence) -> bool:
-        """Note that it was passed over; True once its age forbids to admit anything younger before it."""
-        self.num_passed_over += 1
-        tick = self._blocks.tick
-        if sequence.passed_over_since is None:
-            sequence.passed_over_since = tick
-        is_old = tick - sequence.passed_over_since >= self._max_pass_over_steps
-        return is_old and not self._adapters.is_loading(sequence.key)
+    def _holds_others(self, sequence: Sequence, verdict: _Verdict) -> bool:
+        """True if nothing younger may be admitted in this step, because this one lacks room and has its turn.
+
+        Who lacks blocks holds its place at once; who lacks its adapter is passed over, until it has lacked room for too
+        long. From then on it holds the others even while its load runs: they would take the blocks it needs after it.
+        """
+        if verdict is _Verdict.NO_ADAPTER:
+            self.num_passed_over += 1
+        if sequence.lacks_room_since is None:
+            if verdict is _Verdict.NO_ADAPTER and self._adapters.is_loading(sequence.key):
+                return False
+            sequence.lacks_room_since = self._blocks.tick
+        is_old = self._blocks.tick - sequence.lacks_room_since >= self._max_pass_over_steps
+        return is_old or verdict is _Verdict.NO_BLOCKS
 
     def _prefetch(self, sequences: list[Sequence], absent: set[str]) -> None:
         """The batch is full: use the time to bring the adapters of those who are next to the device."""
+        present: list[str] = []
         for sequence in sequences:
             if sequence.adapter is None or sequence.key in absent:
                 continue
             absent.add(sequence.key)
             try:
-                self._adapters.prefetch(sequence.adapter)
+                if self._adapters.prefetch(sequence.adapter):
+                    present.append(sequence.key)
             except AdapterLoadFailed as error:
                 self._failed.append((sequence, error))
+        # Whose turn comes first has to be used last, or growing neighbours would throw out just that one.
+        for key in reversed(present):
+            self._adapters.touch(key)
 
 
 def _crowded_out(counts: Int32Array, chosen: Int32Array) -> int:

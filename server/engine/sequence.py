@@ -50,9 +50,9 @@ class Sequence:
         "arrival",
         "block_hashes",
         "deadline",
+        "lacks_room_since",
         "max_length",
         "num_cached_tokens",
-        "passed_over_since",
         "prompt_length",
         "prompt_logprobs",
         "request",
@@ -72,7 +72,7 @@ class Sequence:
         self.prompt_length = len(request.token_ids)
         self.tokens: Int32Array = np.asarray(request.token_ids, dtype=np.int32)  # while it holds no row
         self.block_hashes: list[bytes] = []  # of its leading full blocks, as far as anyone asked
-        self.passed_over_since: int | None = None  # step in which it was first passed over
+        self.lacks_room_since: int | None = None  # first step that had no room for its adapter or its blocks
         self.num_cached_tokens = 0  # prefix-cache hit of its first admission
         # Records of prompt tokens so far (the first token has none); None: not asked for, or told already.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wants_prompt_logprobs else None

@@ -6,6 +6,7 @@ So an answer depends on (adapter, history) alone, and a block that was shared, f
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,8 @@ def _next_digest(digest: int, token: int) -> int:
 
 
 def _start_digest(request: EngineRequest) -> int:
-    return hash(("base" if request.adapter is None else request.adapter.key, request.cache_salt))
+    key = "base" if request.adapter is None else request.adapter.key
+    return zlib.crc32(f"{key}|{request.cache_salt}".encode())  # the same in every process, unlike hash(str)
 
 
 def _token_of(digest: int, vocab_size: int) -> int:
@@ -152,12 +154,14 @@ class SimulatedRunner:
         self.max_tokens: int | None = None  # a step of more runs out of memory
         self.plans: list[StepPlan] = []
         self.joined: dict[int, str] = {}
+        self.admitted: list[int] = []  # arrivals, in the order in which they got a row
         self._memory = memory
         self._vocab_size = limits.vocab_size
 
     def join(self, sequence: Sequence) -> None:
         _require(sequence.row not in self.joined, f"row {sequence.row} is joined twice")
         self.joined[sequence.row] = sequence.request_id
+        self.admitted.append(sequence.arrival)
 
     def forget(self, row: int) -> None:
         del self.joined[row]
