@@ -88,5 +88,5 @@ def _save(model: PeftModel, directory: Path) -> None:
     """Write what `peft` writes, under the base's public name and without its empty model card."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = BASE_NAME
-    model.save_pretrained(str(directory))
+    model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)
