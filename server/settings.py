@@ -195,6 +195,9 @@ class Settings(BaseModel):
     request_timeout_s: float | None = _setting(
         600.0, "Load", "Seconds after which an unfinished request is failed.", gt=0
     )
+    stalled_client_s: float = _setting(
+        60.0, "Load", "Seconds that a client may take nothing of its stream, or send nothing of its upload.", gt=0
+    )
     graceful_timeout_s: float = _setting(
         90.0, "Load", "Seconds that running requests get to finish after SIGTERM.", ge=0
     )

@@ -1,0 +1,60 @@
+"""The ASGI application: every route, the doorstep before them and the error handlers behind them.
+
+app = create_app(settings, front)      # ready at once: tests, embedding
+app = create_app(settings)             # answers 503 until `app.state.service.attach(front)`
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+
+from server.api import adapters, errors, generate, health, scrape, uploads
+from server.api.auth import GuardedRoute
+from server.api.doorstep import Doorstep
+from server.api.service import Service
+from server.api.sse import ClientGone
+from server.front.front import Front
+from server.settings import Settings
+from server.version import VERSION
+
+_DESCRIPTION = """One frozen base model and any number of adapters on it. A request names its adapter; requests on
+different adapters share one forward pass. Errors of the native routes are `{"error", "error_type"}`; those of `/admin`
+are `{"error": {"message", "type", "param", "code"}}`."""
+_CLIENT_CLOSED_REQUEST = 499  # never seen by anybody: the connection is gone
+_EXPOSED_HEADERS = ("x-request-id", "x-adapter-id", "x-adapter-version", "x-veneer-ignored-fields", "retry-after")
+
+
+def create_app(settings: Settings, front: Front | None = None) -> FastAPI:
+    """Build the application; it starts and stops nothing by itself."""
+    service = Service(settings, front)
+    app = FastAPI(
+        title="Veneer",
+        version=VERSION,
+        description=_DESCRIPTION,
+        openapi_url="/openapi.json" if settings.enable_docs else None,
+        redoc_url=None,
+        redirect_slashes=False,
+        max_body_size=settings.max_body_bytes,
+    )
+    app.state.service = service
+    app.router.route_class = GuardedRoute
+    for router in (generate.router, health.router, scrape.router, adapters.router):
+        app.include_router(router)
+    app.include_router(uploads.router, max_body_size=settings.max_upload_bytes + uploads.SLACK_BYTES)
+    errors.install(app)
+    app.add_exception_handler(ClientGone, _answer_nobody)
+    if settings.cors_allow_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_allow_origin),
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=list(_EXPOSED_HEADERS),
+        )
+    app.add_middleware(Doorstep, service=service)
+    return app
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)

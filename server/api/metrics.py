@@ -1,0 +1,25 @@
+"""What is counted at the door. How requests fare is counted behind it, by the front and by the engine's client."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter
+
+
+class DoorMetrics:
+    """The counters of one HTTP server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.http_requests = Counter(
+            "veneer_http_requests", "Answers by route and status.", ("route", "status"), registry=self.registry
+        )
+        self.ignored_fields = Counter(
+            "veneer_ignored_fields", "Unknown body fields that were told as ignored.", registry=self.registry
+        )
+        self.refused = Counter(
+            "veneer_requests_refused", "Requests refused or failed, by error type.", ("type",), registry=self.registry
+        )
+        self.clients_gone = Counter(
+            "veneer_clients_gone", "Requests whose caller left before the end.", registry=self.registry
+        )
+        self.upload_bytes = Counter("veneer_upload_bytes", "Bytes of adapter files received.", registry=self.registry)

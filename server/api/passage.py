@@ -1,0 +1,98 @@
+"""One request's way through the house: counted in, generated, counted out, whatever happens.
+
+`deltas()` is the only door: closing it (or cancelling whoever awaits it) aborts the generation and gives the adapter's
+lease back, then counts the request out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from adapters_store.errors import AdapterNotFound
+from server.api.service import Service
+from server.front.generation import Generation, ResolvedAdapter
+from server.front.text import TextDelta, TextFinish, TextRequest
+from server.library.library import Library
+
+_MAX_CANDIDATES = 500  # compared with a mistyped name; more would hold up the event loop
+
+
+class Passage:
+    """Parameters: `arrived_s` is when the request's first byte was seen, by `time.perf_counter`."""
+
+    def __init__(self, service: Service, asked: TextRequest, arrived_s: float) -> None:
+        self.service = service
+        self.asked = asked
+        self._front = service.front
+        self._arrived_s = arrived_s
+        self._submitted_s = time.perf_counter()
+        self._adapter: ResolvedAdapter | None = None
+        self._finishes: list[TextFinish] = []
+
+    async def deltas(self) -> AsyncGenerator[TextDelta, None]:
+        """The front's deltas, in a house that knows how many guests it has."""
+        with self.service.guest():
+            generation = await self._open()
+            self._adapter = generation.adapter
+            async with aclosing(generation.deltas()) as deltas:
+                async for delta in deltas:
+                    if delta.finish is not None:
+                        self._finishes.append(delta.finish)
+                    yield delta
+
+    async def _open(self) -> Generation:
+        """Raises what the front raises; an unknown name comes with those that are near it."""
+        try:
+            return await self._front.open(self.asked)
+        except AdapterNotFound as error:
+            assert self.asked.adapter is not None
+            near = await near_names(self._front.library, self.asked.adapter)
+            if not near:
+                raise
+            raise AdapterNotFound(f"{error} Did you mean {' or '.join(map(repr, near))}?") from None
+
+    def headers(self) -> dict[str, str]:
+        """Which weights answer; known before the first token."""
+        device = self._front.engine.description.device
+        headers = {"x-compute-type": f"{'gpu' if device == 'cuda' else device}+optimized"}
+        headers["x-model-id"] = self.service.settings.base_name
+        if self._adapter is not None:
+            headers["x-adapter-id"] = self._adapter.name
+            headers["x-adapter-version"] = str(self._adapter.version)
+        return headers
+
+    def timing_headers(self) -> dict[str, str]:
+        """Milliseconds as integers, except x-compute-time in seconds; the whole answer is known."""
+        assert self._finishes
+        timings = [finish.timing for finish in self._finishes]
+        num_generated = sum(finish.num_generated for finish in self._finishes)
+        num_prompt = self._finishes[0].num_prompt_tokens
+        total_s = time.perf_counter() - self._arrived_s
+        queue_s = min(timing.queue_s for timing in timings)
+        inference_s = max(timing.total_s for timing in timings) - queue_s
+        return {
+            "x-compute-time": f"{total_s:.6f}",
+            "x-total-time": _ms(total_s),
+            "x-validation-time": _ms(self._submitted_s - self._arrived_s),
+            "x-queue-time": _ms(queue_s),
+            "x-inference-time": _ms(inference_s),
+            "x-time-per-token": _ms(inference_s / max(1, num_generated)),
+            "x-time-to-first-token": _ms(min(timing.first_token_s for timing in timings)),
+            "x-prompt-tokens": str(num_prompt),
+            "x-generated-tokens": str(num_generated),
+            "x-total-tokens": str(num_prompt + num_generated),
+        }
+
+
+async def near_names(library: Library, reference: str) -> list[str]:
+    """Names of adapters that a mistyped reference may have meant, best first."""
+    name = reference.partition("@")[0]
+    candidates = [record.name for record in await library.list(name[:1])][:_MAX_CANDIDATES]
+    return difflib.get_close_matches(name, candidates, n=3)
+
+
+def _ms(seconds: float) -> str:
+    return str(max(0, round(seconds * 1000)))

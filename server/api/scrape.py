@@ -1,0 +1,65 @@
+"""`GET /metrics`: plain text, without content negotiation.
+
+An OpenMetrics answer would rename `vllm:x` to `vllm_x` and blank the dashboards that read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+from fastapi import Request, Response
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+
+from server.api.auth import guarded_router, public
+from server.api.exposition import EngineCollector, Snapshot
+from server.api.service import Service
+from server.engine.errors import EngineUnavailable
+from server.engine.request import AdapterState, ResidentAdapter
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MAX_WAIT_S = 2.0  # a scrape must not hang with a busy engine
+router = guarded_router(tags=["Observing"])
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+@public
+async def metrics(request: Request) -> Response:
+    """Counters, histograms and gauges as text: `veneer_*` and, unless switched off, the `vllm:*` names."""
+    service: Service = request.app.state.service
+    collector = EngineCollector(service.settings, await _snapshot(service), service.is_healthy)
+    text = generate_latest(service.metrics.registry) + generate_latest(_Once(collector))
+    return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+async def _snapshot(service: Service) -> Snapshot | None:
+    front = service.front_or_none
+    if front is None:
+        return None
+    residents: list[ResidentAdapter] = []
+    with contextlib.suppress(EngineUnavailable, TimeoutError):
+        residents = await asyncio.wait_for(front.engine.residency(), _MAX_WAIT_S)
+    on_device = [adapter for adapter in residents if adapter.state is AdapterState.DEVICE]
+    return Snapshot(
+        stats=front.engine.stats(),
+        engine=front.engine.metrics,
+        requests=front.metrics,
+        resident=tuple(sorted({adapter.name.partition("@")[0] for adapter in on_device})),
+        num_adapters=Counter(str(record.state) for record in await front.library.list()),
+        adapter_bytes=sum(adapter.num_bytes for adapter in on_device),
+        block_size=front.engine.description.block_size,
+        num_restarts=front.engine.num_restarts,
+    )
+
+
+class _Once:
+    """A registry of one collector, for one scrape."""
+
+    def __init__(self, collector: EngineCollector) -> None:
+        self._collector = collector
+
+    def collect(self) -> Iterator[Metric]:
+        return self._collector.collect()

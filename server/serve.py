@@ -1,0 +1,125 @@
+"""The life of one server process: listen, load, serve, drain, stop.
+
+The port is open from the first moment, so that probes can tell loading from dead. SIGTERM or SIGINT starts a drain:
+/health answers 503, nothing new is taken, what runs gets `graceful_timeout_s` to finish. A second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+
+from server.api.app import create_app
+from server.api.service import Service
+from server.engine.errors import EngineStartError
+from server.front.front import Front
+from server.progress import Progress, ready_lines
+from server.settings import Settings
+
+STARTUP_FAILED = 3
+_BACKLOG = 2048
+log = logging.getLogger("veneer.serve")
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal; the exit status of the process."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    try:
+        listener = listen(settings.bind_host, settings.port)
+    except OSError as error:
+        print(
+            f"veneer: cannot listen on {settings.bind_host}:{settings.port}: {error.strerror}. "
+            "Choose another address with --port or --host.",
+            file=sys.stderr,
+        )
+        return STARTUP_FAILED
+    with listener:
+        return asyncio.run(_run(settings, listener))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its own signals: a signal here means drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _run(settings: Settings, listener: socket.socket) -> int:
+    app = create_app(settings)
+    service: Service = app.state.service
+    server = _Server(_uvicorn_config(settings, app))
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stop, server)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    progress = Progress(sys.stderr)
+    starting = asyncio.create_task(_start(settings, progress))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([starting, stopping, serving], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        front = starting.result()
+    except (EngineStartError, OSError, ValueError) as error:
+        service.fail(str(error))
+        print(f"veneer: could not start: {error}", file=sys.stderr)
+        return STARTUP_FAILED
+    else:
+        service.attach(front)
+        port = listener.getsockname()[1]
+        names = [record.name for record in await front.library.list() if record.state == "ready"]
+        print("\n".join(ready_lines(settings, names, port, progress.total_s)), flush=True)
+        await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
+        if not await service.drain(settings.graceful_timeout_s):
+            log.warning("%d requests did not finish in time and are aborted", service.in_house)
+        await front.close()
+        return 0
+    finally:
+        stopping.cancel()
+        server.should_exit = True
+        await asyncio.gather(stopping, serving, return_exceptions=True)
+
+
+def _on_signal(stop: asyncio.Event, server: uvicorn.Server) -> None:
+    if stop.is_set():
+        server.force_exit = True
+        raise SystemExit(1)
+    stop.set()
+
+
+async def _start(settings: Settings, progress: Progress) -> Front:
+    return await Front.start(settings, on_event=progress.on_event)
+
+
+def _uvicorn_config(settings: Settings, app: object) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        loop="auto",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        root_path=settings.root_path,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=75,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
