@@ -1,0 +1,153 @@
+"""`veneer adapters`: a running server's adapters from the command line, and a look into a directory without one.
+
+Exit codes: 0 done, 1 the server said no, 2 wrong usage, 3 the server cannot be reached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapters_store.errors import StoreError
+from adapters_store.header import read_header
+from adapters_store.staging import CONFIG_FILE, WEIGHTS_FILE, is_allowed
+from server.admin_client import AdminClient, RequestFailed
+
+SAID_NO, WRONG_USAGE, UNREACHABLE = 1, 2, 3
+
+app = typer.Typer(help="The adapters of a running server; `inspect` needs none.", no_args_is_help=True)
+Url = Annotated[str, typer.Option("--url", envvar="VENEER_URL", help="The server's address.")]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", help="Admin key. Default: the first of $VENEER_ADMIN_API_KEY, else of $VENEER_API_KEY."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+AdapterName = Annotated[str, typer.Argument(metavar="NAME")]
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@app.command("list")
+def list_adapters(url: Url = _DEFAULT_URL, key: Key = None, as_json: AsJson = False, prefix: str = "") -> None:
+    """The registered adapters, and where they are."""
+    found = _ask(url, key, lambda client: client.list(prefix))
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{'NAME':32}{'VERSION':>8}  {'STATE':14}{'DEVICE':10}{'BYTES':>12}  ALIASES")
+    for adapter in found:
+        print(_line(adapter))
+
+
+@app.command()
+def show(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
+    """Everything about one adapter, as JSON."""
+    print(json.dumps(_ask(url, key, lambda client: client.show(name)), indent=2))
+
+
+@app.command()
+def push(
+    name: AdapterName,
+    directory: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="As PEFT's save_pretrained left it.")],
+    url: Url = _DEFAULT_URL,
+    key: Key = None,
+    alias: Annotated[str | None, typer.Option(help="An alias to point to the new version.")] = None,
+    promote: Annotated[bool, typer.Option(help="Whether the bare name means the new version.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and keep nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload an adapter; a known name gets a new version, known content does not."""
+    answer = _ask(url, key, lambda client: client.push(name, directory, alias=alias, promote=promote, dry_run=dry_run))
+    if as_json:
+        print(json.dumps(answer))
+    elif dry_run:
+        print(f"{name} would be taken: {answer['bytes']:,} bytes, {answer['digest'][:19]}")
+    else:
+        print(f"{answer['name']}@{answer['version']} is {answer['state']}: {answer['bytes']:,} bytes")
+
+
+@app.command()
+def load(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
+    """Bring an adapter to the device now; requests do that by themselves."""
+    answer = _ask(url, key, lambda client: client.load(name))
+    print(f"{answer['name']}@{answer['version']} is on the device")
+
+
+@app.command()
+def evict(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
+    """Take an adapter off the device; it stays registered."""
+    _ask(url, key, lambda client: client.evict(name))
+    print(f"{name} is off the device")
+
+
+@app.command()
+def rm(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
+    """Delete an adapter with all its versions; requests that run on it finish."""
+    answer = _ask(url, key, lambda client: client.delete(name))
+    left = f", {answer['requests_left']} requests still run on it" if answer["requests_left"] else ""
+    print(f"{name} is deleted{left}")
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(exists=True, file_okay=False)], as_json: AsJson = False) -> None:
+    """What an adapter's directory holds, read without a server and without loading a tensor."""
+    try:
+        found = _inspect(directory)
+    except (StoreError, OSError, ValueError) as error:
+        print(f"veneer: {directory}: {error}", file=sys.stderr)
+        raise typer.Exit(SAID_NO) from None
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:16}{value}")
+
+
+def _inspect(directory: Path) -> dict[str, Any]:
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG_FILE} holds a {type(config).__name__}; expected an object")
+    header = read_header(directory / WEIGHTS_FILE)
+    shown = {name: config.get(name) for name in ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules")}
+    return {
+        **{name: value for name, value in shown.items() if value is not None},
+        "base_model": config.get("base_model_name_or_path"),
+        "tensors": len(header.tensors),
+        "dtypes": ", ".join(sorted({tensor.dtype for tensor in header.tensors.values()})),
+        "bytes": (directory / WEIGHTS_FILE).stat().st_size,
+        "left_out": ", ".join(sorted(path.name for path in directory.iterdir() if not is_allowed(path.name))) or "-",
+    }
+
+
+def _ask(url: str, key: str | None, question: Callable[[AdminClient], Any]) -> Any:
+    try:
+        return question(AdminClient(url, key or _key_of_environment()))
+    except RequestFailed as error:
+        print(f"veneer: {error}", file=sys.stderr)
+        raise typer.Exit(UNREACHABLE if error.status is None else SAID_NO) from None
+    except (ValueError, OSError) as error:
+        print(f"veneer: {error}", file=sys.stderr)
+        raise typer.Exit(WRONG_USAGE) from None
+
+
+def _key_of_environment() -> str | None:
+    for variable in ("VENEER_ADMIN_API_KEY", "VENEER_API_KEY"):
+        keys = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
+        if keys:
+            return keys[0]
+    return None
+
+
+def _line(adapter: dict[str, Any]) -> str:
+    version = next((item for item in adapter["versions"] if item["version"] == adapter["latest_version"]), None)
+    device = (version or {}).get("residency", {}).get("device")
+    aliases = ", ".join(f"{alias}={number}" for alias, number in sorted(adapter["aliases"].items()))
+    return (
+        f"{adapter['name']:32}{adapter['latest_version'] or '-':>8}  {adapter['state']:14}"
+        f"{device['state'] if device else '-':10}{version['bytes'] if version else 0:>12,}  {aliases}"
+    )
