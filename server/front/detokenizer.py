@@ -65,8 +65,6 @@ class Detokenizer:
     def _step(self, token_id: int) -> str | None:
         try:
             return self._stream.step(self._tokenizer, token_id)
-        except OverflowError:
-            return None  # a negative id or one over 32 bits names no token
         except Exception as error:
             # Raised bare by the library when earlier text changes under a later token
             # (https://github.com/huggingface/tokenizers/issues/1666): begin anew behind it.

@@ -1,0 +1,197 @@
+"""The composition root of the front process: engine, library and tokenizer behind one `open`.
+
+    front = await Front.start(settings)
+    generation = await front.open(TextRequest("SELECT", SamplingParams(16), adapter="sql"))
+    async for delta in generation.deltas(): ...
+    await front.drain(30.0); await front.close()
+
+A request is resolved, tokenised, checked and queued in `open`; whatever can be refused is refused there.
+It knows neither HTTP nor how a model computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+from server.engine.client import EngineClient, OnEvent
+from server.engine.errors import EngineUnavailable
+from server.engine.launch import Launch
+from server.engine.metrics import RequestMetrics
+from server.engine.request import EngineRequest, SamplingParams
+from server.front import opening
+from server.front.errors import EngineGone, InvalidRequest, Overloaded, PromptTooLong
+from server.front.generation import AdapterLease, Generation
+from server.front.sequence_text import SequenceText
+from server.front.text import TextDelta, TextRequest
+from server.front.tokenizer import TextTokenizer
+from server.library.library import Library
+from server.settings import Settings
+
+_LONGEST_RETRY_S = 60
+
+
+class Resolver(Protocol):
+    """The part of the library that a request needs."""
+
+    async def resolve(self, reference: str) -> AdapterLease: ...
+
+
+class Prompt(NamedTuple):
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class Front:
+    """Belongs to one event loop. `metrics` count finished requests, `engine.metrics` tokens as they pass."""
+
+    library: Library
+
+    def __init__(
+        self, engine: EngineClient, resolver: Resolver, tokenizer: TextTokenizer, *, max_queued_requests: int = 256
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.metrics = RequestMetrics(engine.description.max_model_len)
+        self._resolver = resolver
+        self._max_queued_requests = max_queued_requests
+        self._numbers = itertools.count()
+        self._closing = AsyncExitStack()
+
+    @classmethod
+    async def start(cls, settings: Settings, *, on_event: OnEvent | None = None, launch: Launch | None = None) -> Front:
+        """Start the engine and the loader, open the store, register the adapters that the settings name.
+
+        Raises:
+            EngineStartError, TokenizerUnusable: the model cannot be served, with the reason.
+            StoreUnusable, NotADirectory, LoaderUnavailable: the adapters' side cannot start.
+        """
+        async with AsyncExitStack() as started:
+            tokenizer = asyncio.create_task(TextTokenizer.load(opening.model_of(settings), settings.revision))
+            try:
+                engine = await EngineClient.start(opening.engine_config(settings), on_event=on_event, launch=launch)
+                started.push_async_callback(engine.close)
+                library = await opening.open_library(settings, engine.description)
+                started.push_async_callback(library.close)
+                await opening.register_adapters(library, settings, on_event or (lambda event: None))
+                front = cls(engine, library, await tokenizer, max_queued_requests=settings.max_queued_requests)
+            finally:
+                tokenizer.cancel()
+                await asyncio.gather(tokenizer, return_exceptions=True)
+            front.library = library
+            front._closing = started.pop_all()
+            return front
+
+    async def open(self, request: TextRequest) -> Generation:
+        """Accept one request; from here on it ends in exactly one of finished, aborted, failed.
+
+        Raises:
+            InvalidRequest, PromptTooLong: it can never work as it stands.
+            Overloaded, EngineGone: try again.
+            Errors of the library: its adapter is unknown or unusable.
+        """
+        self._require_room(request.num_sequences)
+        _check(request)
+        lease = None if request.adapter is None else await self._resolver.resolve(request.adapter)
+        try:
+            prompt = await self._prompt_of(request)
+            request = replace(request, params=self._fitting_params(request, len(prompt.token_ids)))
+            self._require_room(request.num_sequences)
+            sequences = self._submit(request, prompt, lease)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        return Generation(request, sequences, lease, self.metrics, len(prompt.token_ids))
+
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
+        """`open` and `deltas` in one; raises what they raise."""
+        generation = await self.open(request)
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def drain(self, timeout_s: float) -> int:
+        """Accept nothing more and wait for what runs; how many sequences had not ended in time."""
+        return await self.engine.drain(timeout_s)
+
+    async def close(self) -> None:
+        """End engine, loader and store; what still runs fails. Again is harmless."""
+        await self.engine.close()
+        await self._closing.aclose()
+
+    async def _prompt_of(self, request: TextRequest) -> Prompt:
+        if isinstance(request.prompt, str):
+            text = request.prompt
+            token_ids = tuple(await self.tokenizer.encode(text, request.add_special_tokens))
+        else:
+            token_ids = tuple(request.prompt)
+            vocab_size = self.engine.description.vocab_size
+            wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+            if wrong is not None:
+                raise InvalidRequest(f"the prompt holds token id {wrong}; the model's ids are 0 to {vocab_size - 1}.")
+            text = self.tokenizer.decode(token_ids) if request.echo else ""
+        if request.truncate is not None:
+            token_ids = token_ids[-request.truncate :]
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty; it must give at least one token.")
+        return Prompt(token_ids, text)
+
+    def _fitting_params(self, request: TextRequest, num_prompt_tokens: int) -> SamplingParams:
+        params, max_model_len = request.params, self.engine.description.max_model_len
+        room = max_model_len - num_prompt_tokens
+        if params.max_new_tokens <= room:
+            return params
+        if room < 1 or not request.fit_length:
+            wanted = 1 if request.fit_length else params.max_new_tokens
+            raise PromptTooLong(num_prompt_tokens, wanted, max_model_len)
+        return replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
+
+    def _submit(self, request: TextRequest, prompt: Prompt, lease: AdapterLease | None) -> list[SequenceText]:
+        sequences: list[SequenceText] = []
+        name = f"{request.request_id or 'request'}#{next(self._numbers)}"
+        try:
+            for index in range(request.num_sequences):
+                asked = EngineRequest(
+                    request_id=f"{name}.{index}",
+                    token_ids=prompt.token_ids,
+                    params=replace(request.params, seed=request.params.seed + index),
+                    adapter=None if lease is None else lease.ticket,
+                    cache_salt=request.cache_salt,
+                    deadline_s=request.deadline_s,
+                )
+                stream = self.engine.submit(asked)
+                sequences.append(SequenceText(request, prompt.token_ids, prompt.text, stream, self.tokenizer, index))
+        except EngineUnavailable as error:
+            for sequence in sequences:
+                sequence.stream.leave()
+            raise EngineGone(str(error)) from error
+        return sequences
+
+    def _require_room(self, num_sequences: int) -> None:
+        max_num_seqs = self.engine.description.max_num_seqs
+        num_queued = max(0, self.engine.num_in_flight - max_num_seqs)
+        if self.engine.num_in_flight + num_sequences <= max_num_seqs + self._max_queued_requests:
+            return
+        self.metrics.num_rejected += 1
+        mean_s = self.metrics.total_s.total / max(1, self.metrics.total_s.count)
+        retry_after_s = min(_LONGEST_RETRY_S, max(1, math.ceil(mean_s * num_queued / max_num_seqs)))
+        raise Overloaded(num_queued, self._max_queued_requests, retry_after_s)
+
+
+def _check(request: TextRequest) -> None:
+    if not request.prompt:
+        raise InvalidRequest("the prompt is empty; it must hold at least one character or token.")
+    if request.params.max_new_tokens < 1:
+        raise InvalidRequest(f"max_new_tokens is {request.params.max_new_tokens}, and must be at least 1.")
+    if request.truncate is not None and request.truncate < 1:
+        raise InvalidRequest(f"truncate is {request.truncate}, and must be at least 1.")
+    if request.num_sequences < 1:
+        raise InvalidRequest(f"the number of sequences is {request.num_sequences}, and must be at least 1.")
+    if not all(request.stop):
+        raise InvalidRequest("a stop string is empty; it would stop every answer at once.")
