@@ -50,6 +50,7 @@ class DeltaStream:
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
         self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+        self.queue_s = max(self.queue_s, delta.queue_s)
         self._finish = delta.finish
         self._error = delta.error
         self._wake()
@@ -107,6 +108,7 @@ class DeltaStream:
             tuple(self._logprobs),
             self._prompt_logprobs,
             self._num_cached_tokens,
+            self.queue_s,
             self._finish,
             self._error,
         )

@@ -99,9 +99,10 @@ class Engine:
             self._adapters.check_size(request.adapter)
             adapter_units = self._adapters.units_of(request.adapter)
         max_length = max_length_of(request, self._limits, block_size=self._block_size, adapter_units=adapter_units)
-        deadline = None if request.deadline_s is None else self._clock() + request.deadline_s
+        now_s = self._clock()
+        deadline = None if request.deadline_s is None else now_s + request.deadline_s
         self._num_arrivals += 1
-        sequence = Sequence(request, self._num_arrivals, max_length=max_length, deadline=deadline)
+        sequence = Sequence(request, self._num_arrivals, max_length=max_length, deadline=deadline, submitted_s=now_s)
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, sequence.arrival, sequence))
         self._live[request.request_id] = sequence
@@ -129,7 +130,7 @@ class Engine:
     def step(self) -> StepOutput:
         """Run one step and tell everything that changed. With nothing to run it only looks after loads and ends."""
         output = StepOutput()
-        started_s = self._clock()
+        started_s = self._scheduler.now_s = self._clock()
         self._adapters.poll()
         self._end_aborted(output)
         self._end_expired(output)
@@ -298,6 +299,7 @@ class Engine:
             logprobs=() if record is None else (record,),
             prompt_logprobs=None if told is None else tuple(told),
             num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
+            queue_s=sequence.queue_s if is_first else 0.0,
         )
         if reason is None:
             output.special.append(delta)

@@ -90,6 +90,7 @@ class RequestDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()  # parallel to token_ids when asked for
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, with the first token
     num_cached_tokens: int = 0  # prefix-cache hit, told with the first token
+    queue_s: float = 0.0  # seconds from its acceptance to its first step, told with the first token
     finish: FinishReason | None = None
     error: EngineErrorRecord | None = None  # when finish is FAILED
 

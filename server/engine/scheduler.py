@@ -51,6 +51,7 @@ class Scheduler:
     ) -> None:
         self.waiting = WaitingQueue()
         self.table = table
+        self.now_s = 0.0  # on the engine's clock, set before each `schedule`
         self.num_preemptions = 0
         self.num_passed_over = 0  # in the last step
         self.num_prompt_tokens = 0
@@ -240,6 +241,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence, num_cached_tokens: int) -> None:
         self.waiting.remove(sequence)
         if sequence.status is SequenceStatus.WAITING:
+            sequence.queue_s = self.now_s - sequence.submitted_s
             sequence.num_cached_tokens = num_cached_tokens
             self.num_prompt_tokens += sequence.prompt_length
             self.num_prefix_queries += sequence.prompt_length

@@ -55,18 +55,30 @@ class Sequence:
         "num_cached_tokens",
         "prompt_length",
         "prompt_logprobs",
+        "queue_s",
         "request",
         "row",
         "status",
+        "submitted_s",
         "tokens",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int, *, max_length: int, deadline: float | None = None) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        arrival: int,
+        *,
+        max_length: int,
+        deadline: float | None = None,
+        submitted_s: float = 0.0,
+    ) -> None:
         wants_prompt_logprobs = request.params.num_prompt_logprobs is not None
         self.request = request
         self.arrival = arrival  # strictly increasing over submissions: smaller is older
         self.max_length = max_length  # tokens known when it ends by length
         self.deadline = deadline  # on the engine's clock, seconds
+        self.submitted_s = submitted_s  # on the engine's clock
+        self.queue_s = 0.0  # from then to its first admission
         self.status = SequenceStatus.WAITING
         self.row = NO_ROW
         self.prompt_length = len(request.token_ids)

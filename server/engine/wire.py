@@ -102,6 +102,8 @@ def delta_to_json(delta: RequestDelta) -> Json:
         data["prompt_logprobs"] = delta.prompt_logprobs
     if delta.num_cached_tokens:
         data["cached"] = delta.num_cached_tokens
+    if delta.queue_s:
+        data["queue_s"] = delta.queue_s
     if delta.finish is not None:
         data["finish"] = delta.finish.value
     if delta.error is not None:
@@ -119,6 +121,7 @@ def delta_from_json(data: Mapping[str, Any]) -> RequestDelta:
         if prompt is None
         else tuple(None if record is None else _logprobs_from_json(record) for record in prompt),
         num_cached_tokens=data.get("cached", 0),
+        queue_s=data.get("queue_s", 0.0),
         finish=None if finish is None else FinishReason(finish),
         error=None if error is None else EngineErrorRecord(*error),
     )

@@ -63,6 +63,7 @@ deltas = st.builds(
     logprobs=st.lists(logprobs, max_size=3).map(tuple),
     prompt_logprobs=st.none() | st.lists(st.none() | logprobs, max_size=3).map(tuple),
     num_cached_tokens=ids,
+    queue_s=finite,
     finish=st.none() | st.sampled_from(FinishReason),
     error=st.none() | st.builds(EngineErrorRecord, kind=texts, message=texts, retryable=st.booleans()),
 )
@@ -96,7 +97,9 @@ def test_a_step_arrives_as_it_was(special: list[RequestDelta], ordinary: list[tu
 def test_every_field_of_a_delta_is_told() -> None:
     """A field added to RequestDelta and forgotten here would be lost in silence."""
     record = TokenLogprobs(3, -0.5, 1, ((3, -0.5),))
-    full = RequestDelta("a", (3,), (record,), (None, record), 5, FinishReason.FAILED, EngineErrorRecord("K", "m", True))
+    full = RequestDelta(
+        "a", (3,), (record,), (None, record), 5, 0.5, FinishReason.FAILED, EngineErrorRecord("K", "m", True)
+    )
     bare = RequestDelta("a")
     told = [field.name for field in fields(RequestDelta) if getattr(full, field.name) == getattr(bare, field.name)]
     assert told == ["request_id"]
