@@ -154,9 +154,7 @@ def make_lora(
     rank and the scaling. `model` is not changed. Returns the adapter's directory.
     """
     lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **config)
-    with warnings.catch_warnings():  # PEFT's own, e.g. about the orientation of Conv1D
-        warnings.simplefilter("ignore")
-        adapted = get_peft_model(copy.deepcopy(model), lora)
+    adapted = wrap(model, lora)
     generator = torch.Generator().manual_seed(1_000_003 + seed)
     drawn: set[int] = set()
     for module in adapted.modules():
@@ -170,6 +168,13 @@ def make_lora(
         warnings.simplefilter("ignore")
         adapted.save_pretrained(str(directory))
     return Path(directory)
+
+
+def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """HF PEFT's untrained adapter over a copy of the model."""
+    with warnings.catch_warnings():  # PEFT's own, e.g. about the orientation of Conv1D
+        warnings.simplefilter("ignore")
+        return get_peft_model(copy.deepcopy(model), config)
 
 
 def load_oracle(model: PreTrainedModel, directory: Path | str) -> PeftModel:
