@@ -180,7 +180,6 @@ class SequenceTable:
         sequence.tokens = self.tokens[row, : self.length[row]].copy()
         sequence.row = NO_ROW
         self.active[row] = False
-        self.num_blocks[row] = 0
         self.sequences[row] = None
         self.request_ids[row] = None
         heapq.heappush(self._free_rows, row)

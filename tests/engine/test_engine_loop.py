@@ -101,6 +101,13 @@ def test_end_of_sequence_ends_a_request_unless_it_is_ignored_or_too_early() -> N
     assert len(bench.answers["too early"]) == index + 2
 
 
+def test_a_stop_id_ends_nothing_before_the_least_number_of_tokens() -> None:
+    bench = Bench()
+    answer = expected_tokens(ask("x", [9, 9]), 1)
+    bench.run(ask("a", [9, 9], max_new_tokens=5, min_new_tokens=5, stop_token_ids=(answer[0],)))
+    assert len(bench.answers["a"]) == 5
+
+
 def test_more_stop_ids_than_the_table_is_wide_are_all_honoured() -> None:
     bench = Bench()
     answer = expected_tokens(ask("x", [9, 9]), 1)

@@ -21,7 +21,7 @@ def test_a_step_out_of_memory_is_retried_smaller_and_nobody_notices() -> None:
     bench.run(*requests)
     for request in requests:
         assert bench.answers[request.request_id] == expected_tokens(request, 6)
-    assert bench.engine.stats().total_steps_shed > 0
+    assert 0 < bench.engine.stats().total_steps_shed <= 2, "after a shortage steps stay small for a while"
     bench.check_idle()
 
 
@@ -67,12 +67,14 @@ def test_a_broken_step_fails_its_requests_with_a_retryable_error_and_the_engine_
 
 def test_a_row_of_nan_fails_alone_and_leaves_nothing_in_the_cache() -> None:
     bench = Bench()
-    bench.runner.poisoned = {"bad"}
     good = ask("good", list(range(9)))
-    bench.run(ask("bad", list(range(20, 40))), good)
+    bench.engine.submit(ask("bad", list(range(20, 40)), max_new_tokens=50))
+    bench.run_until(lambda: "bad" in bench.answers)
+    bench.runner.poisoned = {"bad"}
+    bench.run(good)
     assert bench.ends["bad"].error is not None
     assert bench.ends["bad"].error.kind == "InvalidLogits"
-    assert bench.answers["bad"] == []
+    assert len(bench.answers["bad"]) == 1
     assert bench.answers["good"] == expected_tokens(good, 4)
     bench.runner.poisoned = set()
     bench.run(ask("again", list(range(20, 40))))
