@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Series(NamedTuple):
     lows: Sequence[float] = ()  # with `highs`: whiskers of the bars
     highs: Sequence[float] = ()
     x: Sequence[float] = ()
-    lines: dict[str, Sequence[float]] | None = None
+    lines: Mapping[str, Sequence[float]] | None = None
     x_title: str = ""
 
 
