@@ -18,7 +18,7 @@ import uvicorn
 
 from server.api.app import create_app
 from server.api.service import Service
-from server.engine.errors import EngineStartError
+from server.front.errors import CannotStart
 from server.front.front import Front
 from server.progress import Progress, ready_lines
 from server.settings import Settings
@@ -31,6 +31,8 @@ log = logging.getLogger("veneer.serve")
 def serve(settings: Settings) -> int:
     """Serve until a signal; the exit status of the process."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    if settings.log_level == "info":  # what uvicorn says of starting and stopping is said better here
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         listener = listen(settings.bind_host, settings.port)
     except OSError as error:
@@ -77,7 +79,7 @@ async def _run(settings: Settings, listener: socket.socket) -> int:
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         front = starting.result()
-    except (EngineStartError, OSError, ValueError) as error:
+    except (CannotStart, OSError, ValueError) as error:
         service.fail(str(error))
         print(f"veneer: could not start: {error}", file=sys.stderr)
         return STARTUP_FAILED

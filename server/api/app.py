@@ -35,13 +35,11 @@ def create_app(settings: Settings, front: Front | None = None) -> FastAPI:
         openapi_url="/openapi.json" if settings.enable_docs else None,
         redoc_url=None,
         redirect_slashes=False,
-        max_body_size=settings.max_body_bytes,
     )
     app.state.service = service
     app.router.route_class = GuardedRoute
-    for router in (generate.router, health.router, scrape.router, adapters.router):
+    for router in (generate.router, health.router, scrape.router, uploads.router, adapters.router):
         app.include_router(router)
-    app.include_router(uploads.router, max_body_size=settings.max_upload_bytes + uploads.SLACK_BYTES)
     errors.install(app)
     app.add_exception_handler(ClientGone, _answer_nobody)
     if settings.cors_allow_origin:

@@ -23,11 +23,15 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import SecretStr
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
 
 from server.api.errors import Forbidden, Refusal, Unauthorized, error_response, explain
 from server.settings import LOOPBACK_HOSTS, Settings
 
 _MARK = "veneer_access"
+_UPLOAD_MARK = "veneer_takes_upload"
+_MULTIPART_SLACK_BYTES = 2**20  # boundaries, headers and metadata around the files
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
 
@@ -93,18 +97,18 @@ class Gate:
                 "the admin routes are closed: no key is set and the server listens beyond loopback. "
                 "Restart it with --admin-api-key KEY, or with --host 127.0.0.1."
             )
-        host = urlsplit("//" + request.headers.get("host", "")).hostname or ""
+        host = _hostname(request.headers.get("host", ""))
         if host not in LOOPBACK_HOSTS and not host.startswith("127."):
             raise Forbidden(f"no key is set, so the admin routes answer only to localhost, not to {host[:100]!r}")
         origin = request.headers.get("origin")
         if origin is None or origin in self._allowed_origins:
             return
-        if urlsplit(origin).netloc != request.headers.get("host"):
+        if origin.partition("://")[2] != request.headers.get("host"):
             raise Forbidden("no key is set, so the admin routes answer no web page of another origin")
 
 
 class GuardedRoute(APIRoute):
-    """A route that asks its gate before the body is read."""
+    """A route that asks its gate before the body is read, and reads no more of it than its cap."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -118,9 +122,33 @@ class GuardedRoute(APIRoute):
                 told = explain(refusal)
                 assert told is not None
                 return error_response(request.url.path, told)
-            return await handle(request)
+            capped = BodyCap(request.receive, _body_cap(self.endpoint, request.app.state.service.settings))
+            return await handle(Request(request.scope, capped))
 
         return guarded
+
+
+class BodyTooLarge(HTTPException):
+    """413. An HTTPException, because FastAPI hides every other error that reading a body raises."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        super().__init__(413, f"the body is larger than this server takes here, {max_body_bytes} bytes")
+
+
+class BodyCap:
+    """An ASGI `receive` that counts the body and ends it at its cap."""
+
+    def __init__(self, receive: Receive, max_body_bytes: int) -> None:
+        self._receive = receive
+        self._max_body_bytes = max_body_bytes
+        self._num_bytes = 0
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._max_body_bytes:
+            raise BodyTooLarge(self._max_body_bytes)
+        return message
 
 
 def guarded_router(**options: Any) -> APIRouter:
@@ -138,7 +166,26 @@ def admin(endpoint: _Endpoint) -> _Endpoint:
     return endpoint
 
 
+def takes_upload(endpoint: _Endpoint) -> _Endpoint:
+    """The body may be as large as an adapter."""
+    setattr(endpoint, _UPLOAD_MARK, True)
+    return endpoint
+
+
+def _body_cap(endpoint: Callable[..., Any], settings: Settings) -> int:
+    if getattr(endpoint, _UPLOAD_MARK, False):
+        return settings.max_upload_bytes + _MULTIPART_SLACK_BYTES
+    return settings.max_body_bytes
+
+
 _CLIENT_HINT = "(with huggingface_hub: pass api_key=... to InferenceClient)."
+
+
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit("//" + host).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _bearer(request: Request) -> str | None:

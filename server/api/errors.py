@@ -182,7 +182,7 @@ async def _answer_known(request: Request, error: Exception) -> Response:
     told = explain(error)
     if told is None:
         raise error
-    return error_response(request.url.path, told)
+    return _refuse(request, told)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
@@ -190,7 +190,7 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     problems = [_problem(problem) for problem in error.errors()[:_MAX_PROBLEMS]]
     left = len(error.errors()) - len(problems)
     message = "; ".join(problems) + (f"; and {left} more" if left > 0 else "")
-    return error_response(request.url.path, Explanation(422, "validation", message, "validation", {}))
+    return _refuse(request, Explanation(422, "validation", message, "validation", {}))
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
@@ -202,7 +202,11 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     message = str(error.detail)
     if status == 404:
         message = f"no route {request.method} {request.url.path[:200]}; see /docs for those there are"
-    told = Explanation(status, error_type, message, error_type, error.headers or {})
+    return _refuse(request, Explanation(status, error_type, message, error_type, error.headers or {}))
+
+
+def _refuse(request: Request, told: Explanation) -> Response:
+    request.app.state.service.metrics.refused.labels(told.error_type).inc()
     return error_response(request.url.path, told)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
 
 
 class DoorMetrics:
     """The counters of one HTTP server, in a registry of their own."""
 
     def __init__(self) -> None:
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         self.http_requests = Counter(
             "veneer_http_requests", "Answers by route and status.", ("route", "status"), registry=self.registry
@@ -18,8 +19,5 @@ class DoorMetrics:
         )
         self.refused = Counter(
             "veneer_requests_refused", "Requests refused or failed, by error type.", ("type",), registry=self.registry
-        )
-        self.clients_gone = Counter(
-            "veneer_clients_gone", "Requests whose caller left before the end.", registry=self.registry
         )
         self.upload_bytes = Counter("veneer_upload_bytes", "Bytes of adapter files received.", registry=self.registry)

@@ -11,14 +11,13 @@ from typing import Annotated
 from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.api.auth import admin, guarded_router
+from server.api.auth import admin, guarded_router, takes_upload
 from server.api.documented import ADMIN_UPLOAD, Responses
 from server.api.resources import CheckResource, Residents, VersionResource, file_resources, version_resource
 from server.api.service import Service
 from server.api.upload import UploadForm, receive
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
-SLACK_BYTES = 2**20  # of a body: boundaries, headers and metadata around the files
 _BODY = {
     "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UploadForm.model_json_schema()}}}
 }
@@ -31,6 +30,7 @@ _RESPONSES: Responses = {
 
 @router.post("/adapters", summary="Upload an adapter", status_code=201, responses=_RESPONSES, openapi_extra=_BODY)
 @admin
+@takes_upload
 async def upload(
     request: Request,
     dry_run: Annotated[bool, Query(description="Check the adapter and keep nothing.")] = False,

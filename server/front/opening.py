@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from adapters_store.errors import StoreError
+from adapters_store.staging import StageLimits
 from server.demo import ADAPTERS_DIR, BASE_DIR
 from server.engine.client import LoadProgress, OnEvent
 from server.engine.config import EngineConfig
@@ -44,9 +45,10 @@ def engine_config(settings: Settings) -> EngineConfig:
 
 async def open_library(settings: Settings, description: EngineDescription) -> Library:
     """Start the loader for this base and open the store. Raises StoreUnusable, LoaderUnavailable."""
+    limits = StageLimits(max_file_bytes=settings.max_upload_bytes, max_total_bytes=settings.max_upload_bytes)
     loader = await LoaderClient.start(PackingTarget(description.spec, description.adapter_dtype))
     try:
-        return await Library.open(settings.store_path, loader, max_rank=settings.max_lora_rank)
+        return await Library.open(settings.store_path, loader, limits=limits, max_rank=settings.max_lora_rank)
     except BaseException:
         await loader.close()
         raise

@@ -11,10 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_front import FakeFront
+
 
 from server.api.app import create_app
 from server.settings import Settings
+from tests.api.fake_front import FakeFront
 
 
 class Door:
