@@ -195,14 +195,17 @@ class Catalog:
             doomed = [item for item in record.versions if version in (None, item.version)]
             if not doomed:
                 raise VersionNotFound(f"adapter {name!r} has no version {version}.")
-            lost = [alias for alias, number in record.aliases.items() if number == version]
-            if lost and not force and len(record.versions) > 1:
+            numbers = {item.version for item in doomed}
+            lost = [alias for alias, number in record.aliases.items() if number in numbers]
+            if lost and not force and len(doomed) < len(record.versions):
                 raise AliasInUse(
                     f"{name}@{version} is what the alias {lost[0]!r} points to. Move the alias to another version "
                     "first, or force the deletion and lose the alias."
                 )
-            gone = self._index.entry(name).gone | {item.version for item in doomed}
+            gone = self._index.entry(name).gone | numbers
             write_json(self._layout.tombstone_path(name), {"versions": sorted(gone)})
+            for alias in lost:
+                remove(self._layout.alias_path(name, alias))
             with self._reading:
                 for item in doomed:
                     self._index.hide(item)

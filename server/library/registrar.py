@@ -51,8 +51,7 @@ class Registrar:
                 committed = await self.register(directory)
                 (result.added if committed.created else result.unchanged).append(directory.name)
             except (StoreError, LoaderError, OSError) as error:
-                logger.warning("adapter %r in %s cannot be served: %s", directory.name, directory.path, error)
-                result.failed[directory.name] = self.failures[directory.name] = str(error)
+                result.failed[directory.name] = str(error)
             if on_each is not None:
                 on_each(number, len(found), directory.name)
         return result
@@ -61,8 +60,25 @@ class Registrar:
         """Copies an adapter's directory into the store; files that are known make no new version.
 
         The alias `default` moves to a new version, and to a known one if the directory went back to it; an alias that
-        was moved by hand stays. Raises as `Library.add`, and OSError.
+        was moved by hand stays. Raises as `Library.add`, and OSError; the failure is remembered.
         """
+        try:
+            committed = await self._register(directory)
+        except (StoreError, LoaderError, OSError) as error:
+            logger.warning("adapter %r in %s cannot be served: %s", directory.name, directory.path, error)
+            self.failures[directory.name] = str(error)
+            raise
+        self.failures.pop(directory.name, None)
+        return committed
+
+    def versions(self, name: str) -> tuple[AdapterVersion, ...]:
+        """What is committed under a name; possibly nothing."""
+        try:
+            return self._catalog.record(name).versions
+        except AdapterNotFound:
+            return ()
+
+    async def _register(self, directory: AdapterDirectory) -> Committed:
         check_name(directory.name)
         source = await asyncio.to_thread(directory.source)
         known = self._find_stamp(directory.name, source)
@@ -79,15 +95,7 @@ class Registrar:
             await asyncio.to_thread(stage.close)
         if self._is_out_of_date(known):
             await asyncio.to_thread(self._catalog.set_alias, known.name, DEFAULT_ALIAS, known.version)
-        self.failures.pop(directory.name, None)
         return Committed(known, created=False)
-
-    def versions(self, name: str) -> tuple[AdapterVersion, ...]:
-        """What is committed under a name; possibly nothing."""
-        try:
-            return self._catalog.record(name).versions
-        except AdapterNotFound:
-            return ()
 
     def _find_stamp(self, name: str, source: Source) -> AdapterVersion | None:
         ready = (item for item in self.versions(name) if item.state is VersionState.READY)

@@ -1,8 +1,9 @@
-"""Runs one scenario on a store and dies, as by kill -9, at the n-th change of the disk. Run by the crash tests.
+"""Runs one scenario on several stores and dies, as by kill -9, at the n-th change of the disk. Run by the crash tests.
 
-    python -m tests.adapters_store.crash_script STORE SCENARIO POINT BEFORE|AFTER
+    python -m tests.adapters_store.crash_script SCENARIO STORE:POINT:BEFORE|AFTER ...
 
-Prints how many points the scenario has when it ends alive.
+Prints a line per store: the exit status of the process that worked on it (9: killed) and the number of changes that it
+lived to make, -1 when it died.
 """
 
 from __future__ import annotations
@@ -56,12 +57,34 @@ SCENARIOS: dict[str, Callable[[Catalog], object]] = {
 }
 
 
-def main() -> None:
-    store, scenario, point, side = sys.argv[1:]
+def work(scenario: str, store: str, point: int, side: str) -> int:
+    """The number of changes that the scenario makes, unless this process dies on the way."""
     catalog = Catalog(Path(store), BASE)
-    count = plant(int(point), side == "AFTER")
+    count = plant(point, side == "AFTER")
     SCENARIOS[scenario](catalog)
-    print(count())
+    return count()
+
+
+def run_in_child(scenario: str, store: str, point: int, side: str) -> tuple[int, int]:
+    """(exit status, number of changes). A fork is cheap here: this program has one thread and little memory."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        num_changes = work(scenario, store, point, side)
+        os.write(writing, str(num_changes).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), int(told or -1)
+
+
+def main() -> None:
+    scenario, *jobs = sys.argv[1:]
+    for job in jobs:
+        store, point, side = job.rsplit(":", 2)
+        print(*run_in_child(scenario, store, int(point), side))
 
 
 if __name__ == "__main__":

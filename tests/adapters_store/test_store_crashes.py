@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -53,14 +53,25 @@ def state_of(store: Path) -> State:
     return state
 
 
-def run(store: Path, scenario: str, point: int, side: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, crash_script.__file__, str(store), scenario, str(point), side],
+class Run(NamedTuple):
+    exit_status: int
+    num_changes: int  # -1: it died
+
+
+def run(scenario: str, jobs: list[tuple[Path, int, str]]) -> list[Run]:
+    """Runs a scenario once on each of several stores, each in a process that dies at (point, BEFORE or AFTER)."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.adapters_store.crash_script", scenario),
+            *(f"{store}:{point}:{side}" for store, point, side in jobs),
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return [Run(*(int(number) for number in line.split())) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("scenario", sorted(crash_script.SCENARIOS))
@@ -70,20 +81,24 @@ def test_a_crash_anywhere_leaves_the_state_before_or_after(tmp_path: Path, scena
     before = state_of(origin)
     done = tmp_path / "done"
     shutil.copytree(origin, done)
-    alive = run(done, scenario, 0, "BEFORE")
-    assert alive.returncode == 0, alive.stderr
+    (alive,) = run(scenario, [(done, 0, "BEFORE")])
+    assert alive.exit_status == 0
     after = state_of(done)
     assert after != before
+    jobs = [
+        (tmp_path / f"{point}-{side}", point, side)
+        for point in range(1, alive.num_changes + 1)
+        for side in ("BEFORE", "AFTER")
+    ]
+    for store, _, _ in jobs:
+        shutil.copytree(origin, store)
+    assert {killed.exit_status for killed in run(scenario, jobs)} == {9}
     seen = []
-    for point in range(1, int(alive.stdout) + 1):
-        for side in ("BEFORE", "AFTER"):
-            store = tmp_path / f"{point}-{side}"
-            shutil.copytree(origin, store)
-            assert run(store, scenario, point, side).returncode == 9
-            state = state_of(store)
-            assert state in (before, after), f"killed {side} change {point}"
-            assert state_of(store) == state  # opening settled it
-            seen.append(state)
+    for store, point, side in jobs:
+        state = state_of(store)
+        assert state in (before, after), f"killed {side} change {point}"
+        assert state_of(store) == state  # opening settled it
+        seen.append(state)
     assert before in seen
     assert after in seen
     first_after = seen.index(after)
@@ -158,5 +173,5 @@ def test_an_error_in_the_middle_of_a_commit_changes_nothing_that_is_seen(
 def test_a_killed_process_lets_go_of_the_store(tmp_path: Path) -> None:
     store = tmp_path / "store"
     prepare(store)
-    assert run(store, "upload", 1, "BEFORE").returncode == 9
+    assert run("upload", [(store, 1, "BEFORE")]) == [Run(9, -1)]
     Catalog(store, BASE).close()

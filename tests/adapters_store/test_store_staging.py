@@ -47,7 +47,8 @@ def test_the_manifest_does_not_depend_on_the_order_of_arrival(tmp_path: Path) ->
     "path",
     ["../adapter_config.json", "/adapter_config.json", "a/adapter_config.json", "a\\adapter_config.json", "", ".", "..",
      "tokenizer/../x.json", "tokenizer\n.json", "tokenizer\0.json", "setup.py", "adapter_config.json/",
-     "Adapter_Config.json", "tokenizeré.json", "tokenizer" + "x" * 100 + ".json", ".adapter_config.json", "adapter_config.json.tmp"],
+     "Adapter_Config.json", "tokenizeré.json", f"tokenizer{100 * 'x'}.json",
+     ".adapter_config.json", "adapter_config.json.tmp"],
 )  # fmt: skip
 def test_a_path_that_climbs_or_is_not_an_adapters_is_refused(stage: Stage, path: str) -> None:
     with pytest.raises(FileRefused, match="no file of an adapter"):
