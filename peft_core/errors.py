@@ -70,6 +70,6 @@ def shown(value: object) -> str:
     """A value of a config as a message shows it: JSON where it can be, cut where it is long."""
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
+    except (TypeError, ValueError, RecursionError):  # no JSON, or nested to the limit
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= _MAX_VALUE_CHARS else text[: _MAX_VALUE_CHARS - 3] + "..."

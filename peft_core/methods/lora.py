@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter
+from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter, shown
 from peft_core.forms import AdapterForms, LinearDelta
 from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.lora_config import LoraConfig, read_lora_config
@@ -130,8 +130,8 @@ def _match(site: Site, names: Factors, header: Header, lora: LoraConfig) -> Matc
     stated = lora.stated_rank(site.path)
     if stated is not None and stated != rank:
         raise MalformedAdapter(
-            f'tensor "{names.down}" has rank {rank} (its rows), but the config says {stated:g} for this module, so its '
-            "scaling is unclear. Correct r and rank_pattern; the first pattern of the file that fits a module counts.",
+            f'tensor "{names.down}" has rank {rank} (its rows), but the config says {shown(stated)} for this module, '
+            "so its scaling is unclear. Correct r and rank_pattern; the first pattern of the file that fits a module counts.",
             tensor=names.down,
         )
     return MatchedSite(site.path, rank, lora.scaling(site.path, rank))
@@ -177,8 +177,8 @@ def _short(name: str) -> str:
 
 
 def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:_MAX_NAMED])
-    return shown if len(names) <= _MAX_NAMED else f"{shown} and {len(names) - _MAX_NAMED} more"
+    named = ", ".join(names[:_MAX_NAMED])
+    return named if len(names) <= _MAX_NAMED else f"{named} and {len(names) - _MAX_NAMED} more"
 
 
 def _num_parameters(site: Site, rank: int) -> int:

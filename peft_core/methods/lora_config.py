@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_core.errors import MalformedAdapter, shown
-from peft_core.methods.ledger import ConfigLedger, is_off, refuse
+from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.targets import Names, TargetRule, first_match, first_pattern, require_endings
 
 DEFAULT_ALPHA = 8  # PEFT's, where a config does not say
@@ -189,22 +189,22 @@ def _read_rule(ledger: ConfigLedger) -> TargetRule | None:
     layers = _read_layers(ledger)
     patterns = _as_tuple(ledger.use_names("layers_pattern"))
     if (isinstance(targets, str) or not targets) and (layers or patterns):
-        field, value = ("layers_to_transform", list(layers)) if layers else ("layers_pattern", list(patterns))
+        field, value = ("layers_to_transform", sorted(layers)) if layers else ("layers_pattern", list(patterns))
         refuse(field, value, "layers can only be chosen where target_modules is a list. Say them in its pattern.")
     if patterns and not layers:
         refuse("layers_pattern", list(patterns), "it means nothing without layers_to_transform. Remove it.")
     if not targets:
-        if not is_off(exclude):
+        if exclude:
             refuse("exclude_modules", exclude, "it means nothing without target_modules. Say both, or neither.")
         return None
-    return TargetRule(targets, exclude, layers, patterns)
+    return TargetRule(_as_names(targets), _as_names(exclude), layers, patterns)
 
 
-def _read_layers(ledger: ConfigLedger) -> tuple[int, ...]:
+def _read_layers(ledger: ConfigLedger) -> frozenset[int]:
     value: Any = ledger.use("layers_to_transform", [])
     layers = value if isinstance(value, list | tuple) else [value]
     if all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
-        return tuple(layers)
+        return frozenset(layers)
     raise MalformedAdapter(
         f'field "layers_to_transform" = {shown(value)}; expected a layer number or a list of them. '
         "Correct adapter_config.json.",
@@ -213,5 +213,9 @@ def _read_layers(ledger: ConfigLedger) -> tuple[int, ...]:
     )
 
 
-def _as_tuple(names: Names) -> tuple[str, ...]:
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
+
+
+def _as_names(names: str | tuple[str, ...]) -> Names:
+    return names if isinstance(names, str) else frozenset(names)

@@ -111,8 +111,8 @@ def _require_linear(path: str, name: str, spec: BaseModelSpec) -> None:
         )
     if site is not None or path in spec.other_modules:
         raise UnsupportedAdapter(
-            f'tensor "{name}" adapts "{path}", which is not a linear module of this base; that is not served. '
-            "Train on linear modules only.",
+            f'tensor "{name}" adapts "{path}", which is not a linear module that every token passes: not served. '
+            "Train on such linear modules only.",
             tensor=name,
         )
     raise BaseMismatch(

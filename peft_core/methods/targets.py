@@ -7,7 +7,7 @@
 
 (https://huggingface.co/docs/peft/developer_guides/lora, and `check_target_module_exists` of PEFT 0.21.)
 
-Running example: TargetRule(("q_proj",), layers=(0, 2)) over three layers
+Running example: TargetRule(frozenset({"q_proj"}), layers=frozenset({0, 2})) over three layers
     matches("model.layers.0.self_attn.q_proj")  -> True
     matches("model.layers.1.self_attn.q_proj")  -> False
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter, shown
 from peft_core.spec import BaseModelSpec
 
-Names = str | tuple[str, ...]  # a pattern, or names; () is nothing
+Names = str | frozenset[str]  # a pattern, or names; empty is nothing
 ALL_LINEAR = "all-linear"
 _ANY_LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
 
@@ -29,8 +29,8 @@ _ANY_LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
 @dataclass(frozen=True, slots=True)
 class TargetRule:
     targets: Names
-    exclude: Names = ()
-    layers: tuple[int, ...] = ()  # () is all
+    exclude: Names = frozenset()
+    layers: frozenset[int] = frozenset()  # empty is all
     layers_patterns: tuple[str, ...] = ()  # () is any
 
     def __post_init__(self) -> None:
@@ -127,34 +127,42 @@ def _layer_expression(pattern: str) -> str:
 def _names_match(names: Names, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return path in names or any(path.endswith(f".{name}") for name in names)
+    return not names.isdisjoint(_endings(path))
+
+
+def _endings(path: str) -> list[str]:
+    """The path, and what follows each of its dots."""
+    parts = path.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
 
 
 def _require_existing(rule: TargetRule, spec: BaseModelSpec) -> None:
-    paths = (*spec.sites, *spec.other_modules)
-    entries = (rule.targets,) if isinstance(rule.targets, str) else rule.targets
-    for entry in entries:
-        wanted: Names = entry if isinstance(rule.targets, str) else (entry,)
-        if not any(_names_match(wanted, path) for path in paths):
-            raise BaseMismatch(
-                f'field "target_modules" names {shown(entry)}, which this base ({spec.model_type}) does not have. '
-                "Use the base that the adapter was trained on; if the adapter has no tensors for it, remove the entry.",
-                field="target_modules",
-                value=entry,
-            )
+    for entry in _unknown_entries(rule.targets, (*spec.sites, *spec.other_modules)):
+        raise BaseMismatch(
+            f'field "target_modules" names {shown(entry)}, which this base ({spec.model_type}) does not have. '
+            "Use the base that the adapter was trained on; if the adapter has no tensors for it, remove the entry.",
+            field="target_modules",
+            value=entry,
+        )
     present = {rule.layer_of(path) for path in spec.sites}
-    for layer in rule.layers:
-        if layer not in present:
-            raise BaseMismatch(
-                f'field "layers_to_transform" names layer {layer}, which this base ({spec.num_layers} layers) does '
-                "not have. Use the base that the adapter was trained on.",
-                field="layers_to_transform",
-                value=layer,
-            )
+    for layer in sorted(rule.layers - present):
+        raise BaseMismatch(
+            f'field "layers_to_transform" names layer {shown(layer)}, which this base ({spec.num_layers} layers) does '
+            "not have. Use the base that the adapter was trained on.",
+            field="layers_to_transform",
+            value=layer,
+        )
+
+
+def _unknown_entries(targets: Names, paths: Iterable[str]) -> list[str]:
+    if isinstance(targets, str):
+        return [] if any(_names_match(targets, path) for path in paths) else [targets]
+    return sorted(targets.difference(*(_endings(path) for path in paths)))
 
 
 def _refuse_other(rule: TargetRule, path: str) -> None:
-    what = "expert weights, which are not served yet" if "experts" in path.split(".") else "not a linear module"
+    is_expert = "experts" in path.split(".")
+    what = "expert weights, which are not served yet" if is_expert else "not a linear module that every token passes"
     raise UnsupportedAdapter(
         f'field "target_modules" means "{path}", which is {what}. Adapters are served on linear modules; '
         "leave it out of target_modules.",
@@ -164,4 +172,4 @@ def _refuse_other(rule: TargetRule, path: str) -> None:
 
 
 def _plain(names: Names) -> object:
-    return names if isinstance(names, str) else list(names)
+    return names if isinstance(names, str) else sorted(names)

@@ -32,4 +32,4 @@ def test_a_long_or_strange_value_is_shown_short() -> None:
     value = MalformedAdapter("why", field="target_modules", value=["q_proj"] * 1000).value
     assert value is not None
     assert len(value) == 120
-    assert MalformedAdapter("why", field="x", value={1}).value == "{1}"
+    assert MalformedAdapter("why", field="x", value={1}).value == "a value of type set"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,39 @@ def test_an_unknown_field_is_refused_by_field_and_value(value: object, adapter: 
 def test_an_unknown_field_that_is_switched_off_is_set_aside_and_told(value: object, adapter: SavedAdapter) -> None:
     report = adapter.check(use_rotations=value)
     assert "use_rotations" in report.irrelevant_fields
+
+
+LEGACY = {  # as PEFT 0.2 wrote it
+    "base_model_name_or_path": "huggyllama/llama-7b",
+    "bias": "none",
+    "enable_lora": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "lora_alpha": 8,
+    "lora_dropout": 0.05,
+    "merge_weights": False,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 4,
+    "target_modules": ["q_proj"],
+    "task_type": "CAUSAL_LM",
+}
+UNSLOTH = {  # fields that Unsloth adds or fills in its own way
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
+    "base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit",
+    "lora_dropout": 0,
+    "target_modules": r"(?:.*?(?:language|text).*?(?:q_proj).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attn)\.(?:(?:q_proj)))",
+}
+BY_HAND = {"peft_type": "LORA", "r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj"], "bias": None}
+
+
+@pytest.mark.parametrize("config", [LEGACY, UNSLOTH, BY_HAND], ids=["PEFT 0.2", "Unsloth", "by hand"])
+def test_configs_that_other_tools_write_mean_the_same(config: dict[str, Any], adapter: SavedAdapter) -> None:
+    expected = adapter.check().sites
+    if "peft_type" in config:  # a whole config, not changes to the saved one
+        adapter.config = {}
+    assert adapter.check(**config).sites == expected
 
 
 def test_an_irrelevant_field_is_told_with_its_reason(adapter: SavedAdapter) -> None:

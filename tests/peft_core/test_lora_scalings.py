@@ -122,7 +122,13 @@ def test_a_pattern_fits_the_end_of_a_path_at_a_dot(pattern: str, fits: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "claim", [{"r": 8}, {"r": 4, "rank_pattern": {"q_proj": 8}}, {"r": 4, "rank_pattern": {"q_proj": 8, ".*": 4}}]
+    "claim",
+    [
+        {"r": 8},
+        {"r": 8 * 10**400},
+        {"r": 4, "rank_pattern": {"q_proj": 8}},
+        {"r": 4, "rank_pattern": {"q_proj": 8, ".*": 4}},
+    ],
 )
 def test_a_rank_that_contradicts_the_file_is_refused(claim: dict[str, Any]) -> None:
     with pytest.raises(MalformedAdapter, match=r"has rank 4 .*config says 8") as refusal:
@@ -146,6 +152,8 @@ def test_a_later_pattern_does_not_contradict() -> None:
         ("lora_alpha", "32"),
         ("lora_alpha", math.nan),
         ("lora_alpha", math.inf),
+        ("lora_alpha", 10**400),
+        ("alpha_pattern", {"q_proj": -(10**400)}),
         ("lora_alpha", True),
         ("use_rslora", "yes"),
         ("use_rslora", 1),

@@ -47,7 +47,7 @@ def peft_matches(path: str, **fields: Any) -> bool:
     targets=name_lists, exclude=st.one_of(st.just([]), name_lists), paths=st.lists(st.sampled_from(PATHS), max_size=8)
 )
 def test_lists_match_as_in_peft(targets: list[str], exclude: list[str], paths: list[str]) -> None:
-    rule = TargetRule(tuple(targets), tuple(exclude))
+    rule = TargetRule(frozenset(targets), frozenset(exclude))
     for path in [*paths, *(path for path in PATHS if path.endswith(targets[0]))]:
         expected = peft_matches(path, target_modules=targets, exclude_modules=exclude or None)
         assert rule.matches(path) == expected
@@ -56,7 +56,7 @@ def test_lists_match_as_in_peft(targets: list[str], exclude: list[str], paths: l
 @settings(max_examples=150, deadline=None)
 @given(targets=name_lists, layers=some_layers, patterns=layer_patterns)
 def test_layers_match_as_in_peft(targets: list[str], layers: list[int], patterns: list[str]) -> None:
-    rule = TargetRule(tuple(targets), layers=tuple(layers), layers_patterns=tuple(patterns))
+    rule = TargetRule(frozenset(targets), layers=frozenset(layers), layers_patterns=tuple(patterns))
     for path in (path for path in PATHS if path.endswith(tuple(targets))):
         expected = peft_matches(path, target_modules=targets, layers_to_transform=layers, layers_pattern=patterns)
         assert rule.matches(path) == expected
@@ -65,7 +65,7 @@ def test_layers_match_as_in_peft(targets: list[str], layers: list[int], patterns
 @settings(max_examples=60, deadline=None)
 @given(target=st.sampled_from(PATTERNS[:-1]), exclude=st.sampled_from(PATTERNS), paths=st.lists(st.sampled_from(PATHS)))
 def test_expressions_match_as_in_peft(target: str, exclude: str, paths: list[str]) -> None:
-    rule = TargetRule(target, exclude or ())
+    rule = TargetRule(target, exclude or frozenset())
     for path in paths:
         assert rule.matches(path) == peft_matches(path, target_modules=target, exclude_modules=exclude)
 
@@ -94,8 +94,8 @@ def wrapped_by_peft(arch: str, **fields: Any) -> set[str]:
 def test_the_sites_of_a_rule_are_those_that_peft_wraps(arch: str) -> None:
     names, first = all_targets(arch), all_targets(arch)[0]
     spec = shared_spec(arch)
-    assert targeted_sites(TargetRule(tuple(names)), spec) == wrapped_by_peft(arch, target_modules=names)
-    one_layer = targeted_sites(TargetRule((first,), layers=(1,)), spec)
+    assert targeted_sites(TargetRule(frozenset(names)), spec) == wrapped_by_peft(arch, target_modules=names)
+    one_layer = targeted_sites(TargetRule(frozenset({first}), layers=frozenset({1})), spec)
     assert one_layer == wrapped_by_peft(arch, target_modules=[first], layers_to_transform=1)
     pattern = rf".*\.[12]\..*{first}"
     expected = wrapped_by_peft(arch, target_modules=pattern)
