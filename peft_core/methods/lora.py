@@ -131,7 +131,7 @@ def _match(site: Site, names: Factors, header: Header, lora: LoraConfig) -> Matc
     if stated is not None and stated != rank:
         raise MalformedAdapter(
             f'tensor "{names.down}" has rank {rank} (its rows), but the config says {shown(stated)} for this module, '
-            "so its scaling is unclear. Correct r and rank_pattern; the first pattern of the file that fits a module counts.",
+            "so its scaling is unclear. Correct r and rank_pattern; the first pattern that fits a module counts.",
             tensor=names.down,
         )
     return MatchedSite(site.path, rank, lora.scaling(site.path, rank))
