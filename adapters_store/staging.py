@@ -11,6 +11,7 @@ removed); what a crash leaves behind is removed when the store is opened.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import hashlib
 import os
@@ -82,6 +83,7 @@ class Stage:
         self._num_bytes = 0
         self._num_unchecked_bytes = 0
         self._sinks: list[FileSink] = []
+        self._is_owned = True
         directory.mkdir()
         self._check_space(0)
 
@@ -137,8 +139,16 @@ class Stage:
         self._sinks.append(sink)
         return sink
 
+    def take_over(self) -> Stage:
+        """The same stage under a new owner, who closes it: closing this one does nothing any more."""
+        successor = copy.copy(self)
+        self._is_owned = False
+        return successor
+
     def close(self) -> None:
         """Removes the stage and whatever is still in it. Again is harmless."""
+        if not self._is_owned:
+            return
         for sink in self._sinks:
             sink.abandon()
         remove_tree(self.directory)

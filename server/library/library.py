@@ -103,15 +103,15 @@ class Library:
     ) -> Committed:
         """Makes a complete stage a version of `name` and moves `aliases` to it; see `Catalog.commit`.
 
-        The stage is taken over and closed. Once called it runs to its end, even if the caller is cancelled. Two calls
-        with the same files and name do the work once.
+        The stage is taken over. Once called it runs to its end, even if the caller is cancelled. Two calls with the
+        same files and name do the work once.
 
         Raises:
             InvalidName, AdapterExists, DiskFull: nothing was committed.
             AdapterRefused, UploadRefused, LoaderUnavailable: as `check`.
         """
         wanted = source or Source("upload:")
-        return await self._work.finish(self._add(stage, name, wanted, tuple(aliases), create_only))
+        return await self._work.finish(self._add(stage.take_over(), name, wanted, tuple(aliases), create_only))
 
     async def _add(
         self, stage: Stage, name: str, source: Source, aliases: tuple[str, ...], create_only: bool

@@ -129,6 +129,15 @@ def test_closing_removes_files_complete_or_not(stage: Stage) -> None:
     assert not stage.directory.exists()
 
 
+def test_a_stage_that_was_taken_over_is_closed_by_its_new_owner_only(stage: Stage) -> None:
+    stage.add_file("README.md", [b"x"])
+    owner = stage.take_over()
+    stage.close()
+    assert owner.path_of("README.md").read_bytes() == b"x"
+    owner.close()
+    assert not stage.directory.exists()
+
+
 def test_a_disk_without_room_is_told_before_the_bytes_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path / "stage", StageLimits(reserve_bytes=100))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))

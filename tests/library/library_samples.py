@@ -18,7 +18,7 @@ from peft_core.spec import BaseModelSpec, Site
 from server.library.lease import AdapterLease
 from server.library.library import Library
 from server.loader.job import PackingTarget, Prepared, PrepareJob
-from server.loader.local import LocalLoader
+from tests.library.local_loader import LocalLoader
 
 HIDDEN = 16
 PREFIX = "base_model.model."

@@ -108,9 +108,13 @@ async def test_a_cancelled_waiter_does_not_stop_the_packing_for_the_others(tmp_p
 async def test_an_upload_whose_sender_has_gone_is_completed(tmp_path: Path) -> None:
     async with open_library(tmp_path) as (library, loader):
         loader.gate.clear()
-        task = asyncio.create_task(upload(library, "sql", make_files(1)))
+        stage = library.stage()
+        for path, data in make_files(1).items():
+            stage.add_file(path, [data])
+        task = asyncio.create_task(library.add(stage, "sql"))
         await asyncio.sleep(0.05)
         task.cancel()
+        stage.close()  # as the sender's `with` block does
         with pytest.raises(asyncio.CancelledError):
             await task
         loader.gate.set()

@@ -12,8 +12,8 @@ import pytest
 from server.loader.client import LoaderClient
 from server.loader.errors import AdapterRefused, LoaderUnavailable
 from server.loader.job import PrepareJob
-from server.loader.local import LocalLoader
 from tests.library.library_samples import make_files, make_target, write_files
+from tests.library.local_loader import LocalLoader
 
 Scenario = Callable[[LoaderClient], Awaitable[None]]
 

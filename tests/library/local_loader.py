@@ -1,4 +1,4 @@
-"""The loader in this process, for tests and for programs without a server. Imports torch."""
+"""The loader in this process, for tests: no process to start, the same code."""
 
 from __future__ import annotations
 
