@@ -16,6 +16,7 @@ import typer
 
 from server import cli_adapters
 from server.flags import SettingsError, read_settings, show
+from server.generate_command import generate
 from server.version import VERSION
 
 USAGE_ERROR = 2
@@ -31,6 +32,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(cli_adapters.app, name="adapters")
 app.add_typer(config_app, name="config")
+app.command()(generate)
 
 
 def main() -> None:

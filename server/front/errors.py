@@ -1,6 +1,7 @@
 """What can go wrong between a caller's text and the engine's tokens.
 
 FrontError
+├── CannotStart             the model, its tokenizer, the store or the loader cannot be brought up
 ├── InvalidRequest          the request can never work as it stands
 │   └── PromptTooLong       ... because of its length
 ├── TemplateFailed          the chat template is missing, or refused the messages
@@ -28,6 +29,10 @@ class FrontError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class CannotStart(FrontError):
+    code = "cannot_start"
 
 
 class InvalidRequest(FrontError):

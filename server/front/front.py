@@ -19,18 +19,21 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+from adapters_store.errors import StoreError
 from server.engine.client import EngineClient, OnEvent
-from server.engine.errors import EngineUnavailable
+from server.engine.errors import EngineError, EngineUnavailable
 from server.engine.launch import Launch
 from server.engine.metrics import RequestMetrics
 from server.engine.request import EngineRequest, SamplingParams
 from server.front import opening
-from server.front.errors import EngineGone, InvalidRequest, Overloaded, PromptTooLong
+from server.front.errors import CannotStart, EngineGone, InvalidRequest, Overloaded, PromptTooLong
 from server.front.generation import AdapterLease, Generation
 from server.front.sequence_text import SequenceText
 from server.front.text import TextDelta, TextRequest
 from server.front.tokenizer import TextTokenizer
+from server.library.errors import LibraryError
 from server.library.library import Library
+from server.loader.errors import LoaderError
 from server.settings import Settings
 
 _LONGEST_RETRY_S = 60
@@ -68,9 +71,15 @@ class Front:
         """Start the engine and the loader, open the store, register the adapters that the settings name.
 
         Raises:
-            EngineStartError, TokenizerUnusable: the model cannot be served, with the reason.
-            StoreUnusable, NotADirectory, LoaderUnavailable: the adapters' side cannot start.
+            CannotStart: with the reason, in the words of whoever could not.
         """
+        try:
+            return await cls._start(settings, on_event or (lambda event: None), launch)
+        except (EngineError, StoreError, LibraryError, LoaderError) as error:
+            raise CannotStart(str(error)) from error
+
+    @classmethod
+    async def _start(cls, settings: Settings, on_event: OnEvent, launch: Launch | None) -> Front:
         async with AsyncExitStack() as started:
             tokenizer = asyncio.create_task(TextTokenizer.load(opening.model_of(settings), settings.revision))
             try:
@@ -78,7 +87,7 @@ class Front:
                 started.push_async_callback(engine.close)
                 library = await opening.open_library(settings, engine.description)
                 started.push_async_callback(library.close)
-                await opening.register_adapters(library, settings, on_event or (lambda event: None))
+                await opening.register_adapters(library, settings, on_event)
                 front = cls(engine, library, await tokenizer, max_queued_requests=settings.max_queued_requests)
             finally:
                 tokenizer.cancel()

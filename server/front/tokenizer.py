@@ -13,15 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from server.front.detokenizer import Detokenizer
-from server.front.errors import FrontError, InvalidRequest, TemplateFailed
+from server.front.errors import CannotStart, InvalidRequest, TemplateFailed
 
 _LONG_TEXT_CHARS = 16_384  # longer ones are encoded on a thread, so that the event loop goes on
-
-
-class TokenizerUnusable(FrontError):
-    """The model comes without a tokenizer that we can read."""
-
-    code = "tokenizer"
 
 
 class TextTokenizer:
@@ -38,7 +32,7 @@ class TextTokenizer:
 
     @classmethod
     async def load(cls, model: str, revision: str | None = None) -> TextTokenizer:
-        """From a directory or a hub id. Raises TokenizerUnusable."""
+        """From a directory or a hub id. Raises CannotStart."""
         return await asyncio.to_thread(_load, model, revision)
 
     @property
@@ -106,7 +100,7 @@ def _load(model: str, revision: str | None) -> TextTokenizer:
     try:
         loaded = PreTrainedTokenizerFast.from_pretrained(model, revision=revision or "main")
     except Exception as error:  # missing files, network, broken JSON: all of it ends in the same advice
-        raise TokenizerUnusable(
+        raise CannotStart(
             f"no usable tokenizer in {model!r} ({error}). It needs a tokenizer.json; "
             "AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes one."
         ) from error

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from server.front.errors import InvalidRequest, TemplateFailed
-from server.front.tokenizer import TextTokenizer, TokenizerUnusable
+from server.front.errors import CannotStart, InvalidRequest, TemplateFailed
+from server.front.tokenizer import TextTokenizer
 from tests.front.letters import BOS, EOS, save_letters
 
 TEXTS = ["", "Hello", "naïve 😀 text", " two  spaces ", "a</s>b", "x" * 20_000]
@@ -66,5 +66,5 @@ def test_a_chat_without_a_template_or_against_it_is_refused(tmp_path: Path) -> N
 
 
 def test_a_directory_without_a_tokenizer_is_refused_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerUnusable, match=r"tokenizer\.json"):
+    with pytest.raises(CannotStart, match=r"tokenizer\.json"):
         asyncio.run(TextTokenizer.load(str(tmp_path)))
