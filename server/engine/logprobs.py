@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from server.engine.request import MIN_LOGPROB, TokenLogprobs
+from server.engine.top_values import top_values
 
 _ROWS_AT_ONCE = 16  # their float32 copies stay in the cache
 
@@ -55,19 +56,30 @@ def _records(logprobs: torch.Tensor, chosen: NDArray[np.int64], top_counts: NDAr
     rows = zip(
         chosen.tolist(),
         values.squeeze(-1).clamp(min=MIN_LOGPROB).tolist(),
-        _ranks(logprobs, chosen_ids, values).tolist(),
+        _ranks(logprobs, chosen_ids, values),
         tops,
         strict=True,
     )
     return [TokenLogprobs(*row) for row in rows]
 
 
-def _ranks(logprobs: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Shapes: logprobs [rows, vocab], ids and values [rows, 1]; result [rows], 1 is the best."""
+def _ranks(logprobs: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> list[int]:
+    """Shapes: logprobs [rows, vocab], ids and values [rows, 1]; 1 is the best."""
+    if logprobs.device.type == "cpu":  # numpy counts booleans ten times as fast as torch
+        rows = zip(logprobs.numpy(), ids.squeeze(-1).tolist(), values.squeeze(-1).numpy(), strict=True)
+        return [_rank(row, token_id, value) for row, token_id, value in rows]
     better = torch.count_nonzero(logprobs > values, dim=-1)
     ties, tied_ids = (logprobs == values).nonzero(as_tuple=True)
     first = tied_ids < ids.squeeze(-1)[ties]
-    return 1 + better + torch.bincount(ties[first], minlength=len(ids))
+    ranks: list[int] = (1 + better + torch.bincount(ties[first], minlength=len(ids))).tolist()
+    return ranks
+
+
+def _rank(row: NDArray[np.float32], token_id: int, value: np.float32) -> int:
+    at_least = int(np.count_nonzero(row >= value))
+    if at_least == 1:
+        return 1
+    return at_least - int(np.count_nonzero(row[token_id + 1 :] == value))
 
 
 def _best(logprobs: torch.Tensor, counts: NDArray[np.int32]) -> list[tuple[tuple[int, float], ...]]:
@@ -79,16 +91,30 @@ def _best(logprobs: torch.Tensor, counts: NDArray[np.int32]) -> list[tuple[tuple
     most = int(counts.max(initial=0))
     if not most:
         return [() for _ in counts]
-    device = logprobs.device
-    last_place = torch.from_numpy(np.maximum(counts, 1).astype(np.int64) - 1).to(device).unsqueeze(-1)
-    last_value = logprobs.topk(most, dim=-1).values.gather(-1, last_place)
-    rows, ids = (logprobs >= last_value).nonzero(as_tuple=True)
-    values = logprobs[rows, ids].clamp(min=MIN_LOGPROB).cpu().numpy()
-    ends = np.cumsum(np.bincount(rows.cpu().numpy(), minlength=len(counts))).tolist()
-    ids_on_host = ids.cpu().numpy()
+    last_place = torch.from_numpy(np.maximum(counts, 1).astype(np.int64) - 1).to(logprobs.device).unsqueeze(-1)
+    rows, ids, values = _at_least(logprobs, top_values(logprobs, most).gather(-1, last_place))
+    ends = np.cumsum(np.bincount(rows, minlength=len(counts))).tolist()
 
     tops: list[tuple[tuple[int, float], ...]] = []
     for start, end, count in zip([0, *ends], ends, counts.tolist(), strict=False):
         order = start + np.argsort(-values[start:end], kind="stable")[:count]
-        tops.append(tuple(zip(ids_on_host[order].tolist(), values[order].tolist(), strict=True)))
+        tops.append(tuple(zip(ids[order].tolist(), values[order].tolist(), strict=True)))
     return tops
+
+
+def _at_least(
+    logprobs: torch.Tensor, limits: torch.Tensor
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Row, id and clamped value of every token that reaches its row's limit, by row, then by id.
+
+    Shapes: logprobs [rows, vocab], limits [rows, 1]; results [tokens]
+    """
+    reached = logprobs >= limits
+    if logprobs.device.type == "cpu":  # numpy finds them 25 times as fast as torch
+        rows, ids = np.divmod(np.flatnonzero(reached.numpy()), logprobs.shape[-1])
+        values = logprobs.numpy()[rows, ids]
+    else:
+        places = reached.nonzero(as_tuple=True)
+        rows, ids = (place.cpu().numpy() for place in places)
+        values = logprobs[places].cpu().numpy()
+    return rows, ids, np.maximum(values, np.float32(MIN_LOGPROB))

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from server.engine.top_values import top_values
+
 NUMS_CANDIDATES = (128, 1024)  # how many of the best scores are looked at; a row that needs more is sorted wholly
 
 
@@ -68,7 +70,7 @@ def _ranked_floors(scores: torch.Tensor, limits: Limits) -> NDArray[np.float32]:
     missing = np.arange(len(scores))
     for num_candidates in (*NUMS_CANDIDATES, vocab):
         rest, allowed = _rows(scores, missing), limits.pick(missing)
-        best = rest.topk(num_candidates, dim=-1).values if num_candidates < vocab else _sorted_descending(rest)
+        best = top_values(rest, num_candidates) if num_candidates < vocab else _sorted_descending(rest)
         floors[missing], is_certain = _floors_among(best, rest, allowed)
         missing = missing[~is_certain]
         if not missing.size:
