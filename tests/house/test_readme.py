@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from server.demo import ADAPTERS_DIR
 from server.flags import read_settings, settings_table
 from tests.house.readme_blocks import Block, blocks_of, unaccounted
 from tests.house.tracked import ROOT
@@ -105,6 +107,7 @@ def test_a_block_runs_as_pasted(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", those("served"))
 def test_a_block_runs_as_pasted_while_the_server_answers(block: Block, address: str, tmp_path: Path) -> None:
+    shutil.copytree(ADAPTERS_DIR / "pirate", tmp_path / "my-adapter")  # the adapter of the reader's own
     run = execute(block._replace(text=ADDRESS.sub(address, block.text)), tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.strip()
