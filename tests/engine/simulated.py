@@ -226,6 +226,7 @@ class SimulatedRunner:
     def _judge_prompt(self, sequence: Sequence, plan: StepPlan, index: int) -> list[TokenLogprobs]:
         start, end = int(plan.starts[index]), int(plan.starts[index] + plan.counts[index])
         prompt = sequence.request.token_ids
+        _require(start < len(prompt), "a prompt is judged that was told of already")
         return [TokenLogprobs(prompt[p], -float(p), 1, ()) for p in range(start + 1, min(end, len(prompt) - 1) + 1)]
 
 

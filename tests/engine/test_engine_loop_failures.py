@@ -82,6 +82,15 @@ def test_a_row_of_nan_fails_alone_and_leaves_nothing_in_the_cache() -> None:
     bench.check_idle()
 
 
+def test_a_prefill_that_breaks_in_its_first_chunk_leaves_nothing_either() -> None:
+    bench = Bench(max_num_seqs=1)
+    bench.runner.poisoned = {"bad"}
+    bench.run(ask("bad", list(range(20, 40))))
+    assert bench.answers["bad"] == []
+    bench.check_idle()
+    assert bench.engine.stats().units_cached == 0
+
+
 def test_a_planted_leak_of_a_block_is_seen() -> None:
     bench = Bench()
     bench.run(ask("a", [1, 2, 3]))

@@ -138,8 +138,21 @@ def test_a_failed_load_fails_waiting_requests_even_while_the_batch_is_full() -> 
     assert list(bench.ends) == ["bad"]
 
 
-def test_an_adapter_loaded_for_the_next_is_not_thrown_out_by_those_behind() -> None:
-    bench = Bench(num_units=12, max_num_seqs=1)
+def test_nobody_is_admitted_only_to_be_preempted_at_once() -> None:
+    bench = Bench(num_units=8, max_num_seqs=2)
+    bench.engine.submit(ask("old", list(range(16)), max_new_tokens=10))
+    bench.step()
+    bench.engine.submit(ask("young", list(range(30, 45)), max_new_tokens=2))
+    bench.run()
+    assert bench.engine.stats().total_preemptions == 0
+    assert list(bench.ends) == ["old", "young"]
+
+
+@pytest.mark.parametrize(("num_units", "max_adapter_bytes"), [(12, None), (64, 1000)], ids=["pool", "budget"])
+def test_an_adapter_loaded_for_the_next_is_not_thrown_out_by_those_behind(
+    num_units: int, max_adapter_bytes: int | None
+) -> None:
+    bench = Bench(num_units=num_units, max_num_seqs=1, max_adapter_bytes=max_adapter_bytes)
     bench.engine.submit(ask("running", [1], max_new_tokens=20))
     bench.step()
     for i in range(8):
