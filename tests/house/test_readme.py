@@ -33,12 +33,11 @@ def those(way: str) -> list[object]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """This environment's `veneer` and `python` first, a home of its own, no downloads."""
+    """This environment's `veneer` and `python` first, and a home of its own."""
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(folder),
         "XDG_DATA_HOME": str(folder / "data"),
-        "HF_HUB_OFFLINE": "1",
     }
 
 
@@ -69,8 +68,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = free.getsockname()[1]
     log = folder / "server.log"
     command = [sys.executable, "-m", "server", "serve", "--port", str(port)]
+    offline = environment(folder) | {"HF_HUB_OFFLINE": "1"}
     with log.open("w") as sink:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=sink, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, cwd=ROOT, env=offline, stdout=sink, stderr=subprocess.STDOUT)
     try:
         _wait_until_healthy(f"http://127.0.0.1:{port}/health", server, log)
         yield f"127.0.0.1:{port}"
