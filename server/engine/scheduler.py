@@ -13,6 +13,7 @@ or for its blocks) for `max_pass_over_steps` steps, nothing younger is admitted 
 
 from __future__ import annotations
 
+import logging
 from enum import Enum, auto
 
 import numpy as np
@@ -21,13 +22,15 @@ from server.engine import block_hash, policy
 from server.engine.adapter_manager import AdapterManager
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
-from server.engine.errors import AdapterLoadFailed, EngineError
+from server.engine.errors import AdapterLoadFailed, EngineError, StepFailed
 from server.engine.sequence import BASE_SLOT, Int32Array, Sequence, SequenceStatus, SequenceTable
 from server.engine.step import Runner, StepPlan
 from server.engine.waiting import WaitingQueue
 
-_MAX_SCANNED = 1024  # waiting sequences looked at in one step
+_MAX_SCANNED = 512  # waiting sequences looked at in one step
 _PREFETCH_WINDOW = 16  # of those, how many may start a load although the batch is full
+
+_log = logging.getLogger(__name__)
 
 
 class _Verdict(Enum):
@@ -235,20 +238,27 @@ class Scheduler:
         self.table.blocks[row, len(hits) : len(hits) + num_new] = units
         self.table.num_blocks[row] = len(hits) + num_new
         self.table.computed[row] = start
-        self._begin(sequence, start)
-        return _Verdict.ADMITTED, count
+        return (_Verdict.ADMITTED, count) if self._begin(sequence, start) else (_Verdict.FAILED, 0)
 
-    def _begin(self, sequence: Sequence, num_cached_tokens: int) -> None:
+    def _begin(self, sequence: Sequence, num_cached_tokens: int) -> bool:
+        """Introduce the seated sequence to the runner; False, and it is failed, if the runner will not have it."""
+        try:
+            self._runner.join(sequence)
+        except Exception as error:
+            _log.exception("request %s could not join the batch", sequence.request_id)
+            self._blocks.release(self.table.blocks[sequence.row, : self.table.num_blocks[sequence.row]])
+            self.table.leave(sequence)
+            self._failed.append((sequence, StepFailed(f"it could not join the batch: {error}")))
+            return False
         self.waiting.remove(sequence)
         if sequence.status is SequenceStatus.WAITING:
-            sequence.queue_s = self.now_s - sequence.submitted_s
             sequence.num_cached_tokens = num_cached_tokens
             self.num_prompt_tokens += sequence.prompt_length
             self.num_prefix_queries += sequence.prompt_length
             self.num_prefix_hits += num_cached_tokens
         sequence.status = SequenceStatus.RUNNING
         sequence.lacks_room_since = None
-        self._runner.join(sequence)
+        return True
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Units of its cached prefix; the last token is always computed, since its logits are wanted."""

@@ -50,7 +50,10 @@ class Runner(Protocol):
         """
 
     def join(self, sequence: Sequence) -> None:
-        """The sequence got `sequence.row`, with its tokens in the table: register its sampling parameters."""
+        """The sequence got `sequence.row`, with its tokens in the table: register its sampling parameters.
+
+        If this raises, the request fails, and the row goes to somebody else without a `forget`.
+        """
 
     def forget(self, row: int) -> None:
         """Its sequence left this row (ended or preempted)."""

@@ -146,11 +146,14 @@ class SimulatedResidency:
 
 
 class SimulatedRunner:
-    """`faults` are raised by the next executions, one each (None: none); `poisoned` requests get NaN logits."""
+    """`faults` are raised by the next executions, one each (None: none); `poisoned` requests get NaN logits, and
+    `unwelcome` ones cannot join.
+    """
 
     def __init__(self, memory: Memory, limits: EngineLimits) -> None:
         self.faults: list[Exception | None] = []
         self.poisoned: set[str] = set()
+        self.unwelcome: set[str] = set()
         self.max_tokens: int | None = None  # a step of more runs out of memory
         self.plans: list[StepPlan] = []
         self.joined: dict[int, str] = {}
@@ -160,6 +163,8 @@ class SimulatedRunner:
 
     def join(self, sequence: Sequence) -> None:
         _require(sequence.row not in self.joined, f"row {sequence.row} is joined twice")
+        if sequence.request_id in self.unwelcome:
+            raise ValueError("no such bias")
         self.joined[sequence.row] = sequence.request_id
         self.admitted.append(sequence.arrival)
 

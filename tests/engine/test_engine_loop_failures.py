@@ -6,7 +6,7 @@ import pytest
 
 from server.engine.errors import StepOutOfMemory
 from server.engine.request import FinishReason
-from tests.engine.simulated import Bench, Corruption, ask, expected_tokens
+from tests.engine.simulated import Bench, Corruption, ask, expected_tokens, ticket
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,18 @@ def test_a_row_of_nan_fails_alone_and_leaves_nothing_in_the_cache() -> None:
     bench.runner.poisoned = set()
     bench.run(ask("again", list(range(20, 40))))
     assert bench.engine.stats().total_prefix_hits == 0, "K/V of a broken row was found again"
+    bench.check_idle()
+
+
+def test_a_request_that_cannot_join_the_batch_fails_alone() -> None:
+    bench = Bench()
+    bench.runner.unwelcome = {"bad"}
+    good = ask("good", [1, 2, 3], ticket("a"))
+    bench.run(ask("bad", [1, 2, 3], ticket("a")), good)
+    error = bench.ends["bad"].error
+    assert error is not None
+    assert (error.kind, error.message) == ("StepFailed", "it could not join the batch: no such bias")
+    assert bench.answers["good"] == expected_tokens(good, 4)
     bench.check_idle()
 
 
