@@ -24,13 +24,14 @@ from server.api.errors import BUG, error_body, explain, log
 from server.api.native_body import Answer, Shape
 from server.api.passage import Passage
 from server.api.sampling import text_request, wants_details
-from server.api.schemas import GenerateReply, GenerateRequest
+from server.api.schemas import GenerateReply, GenerateRequest, Parameters
 from server.api.service import Service
 from server.api.sse import EventStream, event, while_connected
 from server.front.text import TextDelta
 
 router = guarded_router(tags=["Generate"])
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"index":1,"token":{...}}\n\n'}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON: a token, or an error"}}}
+_STREAM = {"text/event-stream": {"schema": _EVENT, "example": 'data: {"index":1,"token":{...}}\n\n'}}
 _RESPONSES: Responses = {
     **GENERATION,
     200: {"description": "The answer, or its stream.", "model": GenerateReply, "content": _STREAM},
@@ -59,7 +60,7 @@ async def generate_at_root(body: _Generate, request: Request) -> Response:
 
 async def _answer(request: Request, body: GenerateRequest, *, is_stream: bool, is_array: bool = False) -> Response:
     service: Service = request.app.state.service
-    ignored = unknown.judge(body, {"parameters": body.parameters})
+    ignored = unknown.judge(body, "parameters", Parameters)
     asked = text_request(body, service.settings, is_stream=is_stream)
     headers = {"x-compute-characters": str(len(body.inputs))}
     if ignored:

@@ -111,13 +111,13 @@ class CacheResource(BaseModel):
 
 
 class Residents:
-    """Resident adapters by `name@version`, from one answer of the engine."""
+    """Adapters that the engine knows, from one answer of it; names with equal content share one place there."""
 
     def __init__(self, adapters: Iterable[ResidentAdapter]) -> None:
-        self._by_name: Mapping[str, ResidentAdapter] = {adapter.name: adapter for adapter in adapters}
+        self._by_key: Mapping[str, ResidentAdapter] = {adapter.key: adapter for adapter in adapters}
 
     def of(self, version: AdapterVersion) -> DeviceResidency | None:
-        adapter = self._by_name.get(str(version))
+        adapter = self._by_key.get(version.content.effect_digest)
         if adapter is None:
             return None
         state = "ready" if adapter.state is AdapterState.DEVICE else str(adapter.state)

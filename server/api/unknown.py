@@ -12,7 +12,7 @@ Running example: {"inputs": "Hi", "parameters": {"temprature": 1.2, "customer": 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from pydantic import BaseModel
 
@@ -39,25 +39,23 @@ _TRANSLATIONS = {
 }
 
 
-def judge(body: BaseModel, parts: Mapping[str, BaseModel | None]) -> tuple[str, ...]:
-    """Names of the fields to tell as ignored; `parts` are the nested models by the name of their field.
+def judge(body: BaseModel, nested: str, nested_type: type[BaseModel]) -> tuple[str, ...]:
+    """Names of the fields to tell as ignored. `nested` is the body's field that holds the rest of the fields.
 
     Raises:
         Invalid: a field that must not be ignored, with the one that was probably meant.
     """
-    nested = {name: part for part in parts.values() if part is not None for name in type(part).model_fields}
+    outer, inner = type(body).model_fields, nested_type.model_fields
     ignored = []
     for name in body.model_extra or {}:
-        if name in nested:
-            raise Invalid(f"unknown field `{_short(name)}`; it belongs in `{next(iter(parts))}`.")
-        ignored.append(_judge_one(name, "", [*type(body).model_fields, *nested]))
-    for prefix, part in parts.items():
-        if part is None:
-            continue
-        for name in part.model_extra or {}:
-            if name in type(body).model_fields:
-                raise Invalid(f"unknown field `{prefix}.{_short(name)}`; it belongs at the top level of the body.")
-            ignored.append(_judge_one(name, prefix + ".", type(part).model_fields))
+        if name in inner:
+            raise Invalid(f"unknown field `{_short(name)}`; it belongs in `{nested}`.")
+        ignored.append(_judge_one(name, "", [*outer, *inner]))
+    part: BaseModel | None = getattr(body, nested)
+    for name in (part.model_extra if part is not None else None) or {}:
+        if name in outer:
+            raise Invalid(f"unknown field `{nested}.{_short(name)}`; it belongs at the top level of the body.")
+        ignored.append(_judge_one(name, nested + ".", inner))
     return tuple(ignored)
 
 

@@ -7,13 +7,14 @@ import json
 import struct
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 
-
 from server.api.app import create_app
+from server.api.service import Service
+from server.front.front import Front
 from server.settings import Settings
 from tests.api.fake_front import FakeFront
 
@@ -25,20 +26,32 @@ class Door:
         self.front = front
         self.client = client
         self.settings = settings
-        self.service: Any = None
+        self.app: Any = None
+        self.root = Path()
+
+    @property
+    def service(self) -> Service:
+        found = self.app.state.service
+        assert isinstance(found, Service)
+        return found
 
     async def generate(self, inputs: str = "a b c", path: str = "/generate", **body: Any) -> httpx.Response:
         return await self.client.post(path, json={"inputs": inputs, **body})
 
     async def upload(self, name: str, config: bytes = b'{"r": 4}', **metadata: Any) -> httpx.Response:
-        return await self.client.post(
-            "/admin/v1/adapters",
-            files=[
-                ("metadata", (None, json.dumps({"name": name, **metadata}))),
-                ("files", ("adapter_config.json", config)),
-                ("files", ("adapter_model.safetensors", safetensors_bytes())),
-            ],
-        )
+        return await self.client.post("/admin/v1/adapters", files=self.parts(name, config, **metadata))
+
+    def parts(self, name: str, config: bytes = b'{"r": 4}', **metadata: Any) -> list[Any]:
+        """The parts of a sound upload."""
+        return [
+            ("metadata", (None, json.dumps({"name": name, **metadata}))),
+            ("files", ("adapter_config.json", config)),
+            ("files", ("adapter_model.safetensors", safetensors_bytes())),
+        ]
+
+    def leftovers(self) -> list[str]:
+        """What lies in the store's waiting room."""
+        return [path.name for path in (self.root / "staging").iterdir()]
 
 
 def safetensors_bytes() -> bytes:
@@ -71,11 +84,11 @@ class OpenDoor:
 
     async def __aenter__(self) -> Door:
         self._front = await FakeFront.start(self._root, self._max_open)
-        app = create_app(self._settings, self._front)
+        app = create_app(self._settings, cast(Front, self._front))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost:8000")
         opened = Door(self._front, self._client, self._settings)
-        opened.service = app.state.service
+        opened.app, opened.root = app, self._root
         return opened
 
     async def __aexit__(self, *exc: object) -> None:

@@ -182,6 +182,7 @@ class FakeFront:
         self.metrics = RequestMetrics(DESCRIPTION.max_model_len)
         self.requests: list[TextRequest] = []
         self.num_open = 0
+        self.opened = asyncio.Event()
         self._max_open = max_open
 
     @classmethod
@@ -198,6 +199,7 @@ class FakeFront:
         lease = None if request.adapter is None else await self.library.resolve(request.adapter)
         self.requests.append(request)
         self.num_open += 1
+        self.opened.set()
         return FakeGeneration(self, request, lease)
 
     async def close(self) -> None:

@@ -22,8 +22,8 @@ def test_an_answer_is_an_object_and_at_the_root_an_array_of_one(visit: Visit) ->
 
 def test_explicit_nulls_mean_not_given(visit: Visit) -> None:
     async def test(door: Door) -> None:
-        names = ("adapter_id", "adapter_source", "merged_adapters", "api_token", "max_new_tokens", "temperature")
-        names += ("seed", "truncate", "best_of", "top_n_tokens", "return_k_alternatives", "grammar", "details")
+        names = ["adapter_id", "adapter_source", "merged_adapters", "api_token", "max_new_tokens", "temperature"]
+        names += ["seed", "truncate", "best_of", "top_n_tokens", "return_k_alternatives", "grammar", "details"]
         answer = await door.generate(adapter=None, stream=None, parameters={**dict.fromkeys(names), "stop": []})
         assert answer.status_code == 200, answer.text
         assert (await door.generate(parameters=None)).status_code == 200

@@ -95,7 +95,7 @@ def test_a_wrong_key_value_is_not_repeated_in_the_error(tmp_path: Path) -> None:
 
 def test_the_address_is_open_only_when_a_key_guards_it() -> None:
     assert Settings().bind_host == "127.0.0.1"
-    assert Settings(api_key="k").bind_host == "0.0.0.0"
+    assert read_settings(["--api-key", "k"], {}).settings.bind_host == "0.0.0.0"
     assert Settings(host="0.0.0.0").is_loopback is False
     assert Settings(host="127.0.0.2").is_loopback is True
 
@@ -108,10 +108,8 @@ def test_sizes_have_suffixes(text: str, number: int) -> None:
 
 
 def test_command_lines_of_vllm_are_understood() -> None:
-    settings = read_settings(
-        ["m", "--enable-lora", "--max-loras", "4", "--lora-dtype", "float32", "--lora-modules", "a=/x", '{"name":"b","path":"/y","base_model_name":"m"}'],
-        {},
-    ).settings  # fmt: skip
+    line = ["m", "--enable-lora", "--max-loras", "4", "--lora-dtype", "float32", "--lora-modules", "a=/x"]
+    settings = read_settings([*line, '{"name": "b", "path": "/y", "base_model_name": "m"}'], {}).settings
     assert settings.model == "m"
     assert (settings.max_loras, settings.adapter_dtype) == (4, "float32")
     assert settings.lora_modules == (LoraModule("a", "/x"), LoraModule("b", "/y"))
@@ -138,4 +136,4 @@ def test_every_setting_has_a_flag_a_group_a_text_and_a_line_in_the_table() -> No
 def test_settings_do_not_change() -> None:
     settings = Settings()
     with pytest.raises(ValidationError, match="frozen"):
-        settings.port = 1
+        settings.port = 1  # type: ignore[misc]
