@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
@@ -64,6 +64,11 @@ class Totals:
     num_tokens: int = 0
     started_s: float = field(default_factory=time.monotonic)
 
+    def add(self, answer: Answer) -> None:
+        self.num_done += 1
+        self.num_failed += answer.finish is None
+        self.num_tokens += 0 if answer.finish is None else answer.finish.num_generated
+
     @property
     def summary(self) -> str:
         seconds = max(1e-9, time.monotonic() - self.started_s)
@@ -74,7 +79,7 @@ class Totals:
 
 async def generate_all(
     front: Front, asked: Iterator[Asked], *, max_in_flight: int, ordered: bool = True
-) -> AsyncIterator[Answer]:
+) -> AsyncGenerator[Answer, None]:
     """One answer for every prompt; `asked` is read on a thread, since it may wait for a pipe.
 
     Ordered, an answer that comes early waits for those before it, at most `max_in_flight` of them.
@@ -98,6 +103,7 @@ async def generate_all(
                 if one is not None:
                     running.append(asyncio.create_task(_answer(front, one)))
     finally:
+        feed.close()
         left: list[asyncio.Task[Any]] = [*running, *([reading] if reading is not None else [])]
         for unwanted in left:
             unwanted.cancel()
@@ -116,13 +122,13 @@ async def generate_into(
 ) -> Totals:
     """Write every answer to `out`; the totals say whether some failed."""
     totals = Totals()
-    async for answer in generate_all(front, asked, max_in_flight=max_in_flight, ordered=ordered):
-        totals.num_done += 1
-        totals.num_failed += answer.finish is None
-        totals.num_tokens += 0 if answer.finish is None else answer.finish.num_generated
-        print(json.dumps(answer.to_json(), ensure_ascii=False) if as_json else _plain(answer), file=out, flush=True)
-        if watcher is not None:
-            watcher.on_answer(totals.num_done, totals.num_failed, totals.num_tokens)
+    async with aclosing(generate_all(front, asked, max_in_flight=max_in_flight, ordered=ordered)) as answers:
+        async for answer in answers:
+            totals.add(answer)
+            text = json.dumps(answer.to_json(), ensure_ascii=False) if as_json else _plain(answer)
+            print(text, file=out, flush=True)
+            if watcher is not None:
+                watcher.on_answer(totals.num_done, totals.num_failed, totals.num_tokens)
     return totals
 
 

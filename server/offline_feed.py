@@ -24,6 +24,7 @@ class Feed:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Asked | Exception | None] = asyncio.Queue()
         self._room = threading.Semaphore(_NUM_AHEAD)
+        self._is_closed = False
         threading.Thread(target=self._read, name="input", daemon=True).start()
 
     async def next(self) -> Asked | None:
@@ -34,10 +35,17 @@ class Feed:
             raise item
         return item
 
+    def close(self) -> None:
+        """Nobody asks for more: the thread ends when it next looks, at the latest with the item it is reading."""
+        self._is_closed = True
+        self._room.release()
+
     def _read(self) -> None:
         try:
             for item in self._items:
                 self._room.acquire()
+                if self._is_closed:
+                    return
                 self._put(item)
             self._put(None)
         except Exception as error:  # an unreadable file, for one: whoever waits for the item is told

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
-from server.engine.local import start_local
+from server.engine.launch import in_process, in_thread
 from server.engine.request import AdapterTicket, SamplingParams
 from server.front.errors import AdapterFailed, EngineGone, GenerationFailed, InvalidRequest, Overloaded, PromptTooLong
 from server.front.front import Front
@@ -58,12 +61,23 @@ class House:
     front: Front
     resolver: Resolver
 
+    def kill_engine(self) -> None:
+        """Only an engine that is a process can be killed."""
+        assert self.front.engine.pid is not None
+        os.kill(self.front.engine.pid, signal.SIGKILL)
+
 
 @asynccontextmanager
 async def house(
-    script: str = "fake", *, max_num_seqs: int = 8, max_queued: int = 8, adds_bos: bool = False
+    script: str = "fake",
+    *,
+    max_num_seqs: int = 8,
+    max_queued: int = 8,
+    adds_bos: bool = False,
+    is_process: bool = False,
 ) -> AsyncIterator[House]:
-    engine = await start_local(EngineConfig(script, max_num_seqs=max_num_seqs), build_engine)
+    launch = in_process("tests.engine.fake_engine:build_engine") if is_process else in_thread(build_engine)
+    engine = await EngineClient.start(EngineConfig(script, max_num_seqs=max_num_seqs), launch=launch)
     resolver = Resolver()
     tokenizer = TextTokenizer(letters(adds_bos=adds_bos), frozenset({BOS, EOS}))
     front = Front(engine, resolver, tokenizer, max_queued_requests=max_queued)
