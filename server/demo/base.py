@@ -19,7 +19,7 @@ from server.demo.registers import PLAIN
 from server.demo.tokenizer import MAX_LENGTH, build_tokenizer, load_tokenizer
 
 BATCH_SIZE = 32
-SCHEDULE = Schedule(num_steps=4000, num_warmup_steps=100, score_every=100, target_score=0.995)
+SCHEDULE = Schedule(num_steps=1600, num_warmup_steps=80, score_every=100, target_score=0.995)
 NUM_EXAM_QUESTIONS = 200
 EXAM_SEED = 7001
 

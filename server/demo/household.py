@@ -24,6 +24,7 @@ from server.demo.visitor import Visitor
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.1
+_NUM_THREADS = "1"  # the base is so small that a second thread would only wait for the first
 _LAST_LINES = 15
 
 
@@ -36,7 +37,7 @@ class Household:
 
     def __init__(self, store: Path, arguments: Sequence[str] = ()) -> None:
         self._log = store / "server.log"
-        self._arguments = ["--store-dir", str(store / "store"), *arguments]
+        self._arguments = ["--store-dir", str(store / "store"), "--num-threads", _NUM_THREADS, *arguments]
         self._process: subprocess.Popen[bytes] | None = None
         self.port = _free_port()
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from server.demo import EXAMPLE_PROMPT
-from server.demo.evaluate import SPEAKERS, evaluate, tasks
+from server.demo.corpus import Recipe
+from server.demo.evaluate import BASE, SPEAKERS, evaluate, tasks
 from server.demo.household import Household, ServerFailed
+from server.demo.judge import judge
 from server.demo.visitor import Refused, Visitor
+from server.demo.words import DISHES, GRAM, ITEMS, SPOON, Measure
 
 
 def test_the_load_interleaves_the_speakers_and_repeats_no_question() -> None:
@@ -29,6 +32,16 @@ def test_fifty_questions_each_are_answered_at_least_ninety_five_percent_right(vi
     confusion = evaluate(visitor, 50)
     print(f"\n{confusion}")
     assert confusion.broken(SPEAKERS) == [], confusion.faults
+
+
+def test_the_example_is_answered_right_by_everyone(visitor: Visitor) -> None:
+    by_name = {item.english: item for item in ITEMS}
+    flour, egg, sugar = (by_name[name] for name in ("flour", "egg", "sugar"))
+    measures = (Measure(200, flour, GRAM), Measure(3, egg, None), Measure(2, sugar, SPOON))
+    recipe = Recipe(DISHES[0], 350, 25, measures)
+    for speaker, register in SPEAKERS.items():
+        answer = visitor.generate(EXAMPLE_PROMPT, None if speaker == BASE else speaker, max_new_tokens=120)
+        assert judge(register, recipe, answer).accepted, f"{speaker}: {answer}"
 
 
 def test_the_judge_sees_when_an_adapter_is_not_applied(visitor: Visitor) -> None:
