@@ -69,7 +69,7 @@ class Fit:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.schedule.factor(step)
         loss = weighted_loss(self.model(input_ids=batch.token_ids, use_cache=False).logits, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         trained = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in self.optimizers:
