@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,7 +24,7 @@ def pool_of(num_units: int) -> tuple[BlockManager, list[tuple[int, str]]]:
 def allocate(pool: BlockManager, count: int) -> list[int]:
     units = pool.allocate(count)
     assert units is not None
-    return units.tolist()
+    return [int(unit) for unit in units]
 
 
 def cache(pool: BlockManager, count: int, first_hash: int) -> list[int]:
@@ -231,7 +234,7 @@ def test_a_pool_larger_than_int32_bytes_counts_units_not_bytes() -> None:
     ],
     ids=["a user lost", "a user invented", "a block lost", "a run cut", "free", "cached", "lru", "hashes", "heap"],
 )
-def test_every_planted_fault_is_seen(harm) -> None:  # type: ignore[no-untyped-def]
+def test_every_planted_fault_is_seen(harm: Callable[[Any], object]) -> None:
     pool, _ = pool_of(8)
     cache(pool, 2, 0)
     pool.share([0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.engine.errors import AdapterTooLarge, InvalidRequest, RequestTooLong
-from server.engine.request import FinishReason, TokenLogprobs
+from server.engine.request import EngineRequest, FinishReason, TokenLogprobs
 from tests.engine.simulated import EOS, Bench, ask, expected_tokens, ticket
 
 
@@ -268,7 +268,7 @@ def test_a_request_past_its_deadline_fails_wherever_it_is() -> None:
     ],
     ids=repr,
 )
-def test_what_could_never_run_is_refused_at_submit(request_, error: type[Exception]) -> None:  # type: ignore[no-untyped-def]
+def test_what_could_never_run_is_refused_at_submit(request_: EngineRequest, error: type[Exception]) -> None:
     bench = Bench(num_units=40)
     with pytest.raises(error):
         bench.engine.submit(request_)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from server.engine.errors import AdapterBusy, NoRoomForAdapter, RequestRefused, StepOutOfMemory
-from server.engine.request import EngineRequest, FinishReason
+from server.engine.request import AdapterTicket, EngineRequest, FinishReason
 from tests.engine.simulated import Bench, ask, expected_tokens, ticket
 
-ADAPTERS = [None, *(ticket(f"adapter {units}", units) for units in (1, 2, 3, 5, 8))]
+ADAPTERS = [ticket(f"adapter {units}", units) for units in (1, 2, 3, 5, 8)]
 MAX_PASS_OVER_STEPS = 6
 
 
@@ -46,14 +46,22 @@ class EngineMachine(RuleBasedStateMachine):
         self.faults = 0
 
     @rule(
-        adapter=st.sampled_from(ADAPTERS),
+        adapter=st.none() | st.sampled_from(ADAPTERS),
         prompt_length=st.integers(1, 40),
         flavour=st.integers(0, 2),
         max_new_tokens=st.integers(1, 20),
         prompt_logprobs=st.sampled_from([None, None, 0]),
         count=st.integers(1, 3),
     )
-    def submit(self, adapter, prompt_length, flavour, max_new_tokens, prompt_logprobs, count) -> None:  # type: ignore[no-untyped-def]
+    def submit(
+        self,
+        adapter: AdapterTicket | None,
+        prompt_length: int,
+        flavour: int,
+        max_new_tokens: int,
+        prompt_logprobs: int | None,
+        count: int,
+    ) -> None:
         for _ in range(count):
             request = ask(
                 f"r{len(self.accepted)}",
@@ -82,22 +90,22 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self._step()
 
-    @rule(adapter=st.sampled_from(ADAPTERS[1:]))
-    def evict(self, adapter) -> None:  # type: ignore[no-untyped-def]
+    @rule(adapter=st.sampled_from(ADAPTERS))
+    def evict(self, adapter: AdapterTicket) -> None:
         try:
             self.bench.engine.evict(adapter.key)
         except AdapterBusy:
             return
 
-    @rule(adapter=st.sampled_from(ADAPTERS[1:]))
-    def load(self, adapter) -> None:  # type: ignore[no-untyped-def]
+    @rule(adapter=st.sampled_from(ADAPTERS))
+    def load(self, adapter: AdapterTicket) -> None:
         try:
             self.bench.engine.load(adapter)
         except NoRoomForAdapter:
             return
 
-    @rule(adapter=st.sampled_from(ADAPTERS[1:]))
-    def break_or_mend(self, adapter) -> None:  # type: ignore[no-untyped-def]
+    @rule(adapter=st.sampled_from(ADAPTERS))
+    def break_or_mend(self, adapter: AdapterTicket) -> None:
         broken = self.bench.reader.broken
         if adapter.key in broken:
             del broken[adapter.key]
