@@ -115,9 +115,7 @@ def _can_pack(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def _stack_biases(
-    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> torch.Tensor | None:
+def _stack_biases(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     if all(bias is None for bias in biases):
         return None
     pairs = zip(weights, biases, strict=True)

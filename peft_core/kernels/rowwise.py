@@ -47,6 +47,16 @@ class GroupGather:
 
 
 @dataclass(frozen=True, slots=True)
+class _Matrices:
+    """One adapter at one group, as views of the pool."""
+
+    down: torch.Tensor  # [tiles, in_features, DOWN_TILE]
+    members: tuple[
+        tuple[int, int, int, torch.Tensor], ...
+    ]  # columns of y [start, end), of hidden, up [tiles, rank, tile]
+
+
+@dataclass(frozen=True, slots=True)
 class RowwisePlan:
     gathers: tuple[GroupGather | None, ...]  # one a group
     wide: tuple[Segment, ...]
@@ -62,6 +72,7 @@ class RowwiseKernels:
         self.is_padded = [any(out % tile for out in group.out_features) for group in residency.groups]
         self.num_plans_built = 0
         self._kept: OrderedDict[tuple[bytes, ...], tuple[GroupGather | None, ...]] = OrderedDict()
+        self._views: dict[int, tuple[int, tuple[_Matrices | None, ...]]] = {}  # slot -> (epoch, one a group)
 
     def prepare(self, rows: RowAdapters) -> RowwisePlan:
         """Row numbers for every group; rebuilt only when the batch's members changed."""
@@ -111,26 +122,44 @@ class RowwiseKernels:
             y.add_(torch.zeros(y.shape, dtype=delta.dtype).index_add_(0, gather.rows, delta))
 
     def _add_wide(self, index: int, segment: Segment, x: torch.Tensor, y: torch.Tensor) -> None:
-        residency, group = self.residency, self.residency.groups[index]
-        tiles, first_part = int(residency.tiles[segment.slot, index]), int(residency.first_part[index])
-        if not tiles:
+        matrices = self._matrices(segment.slot)[index]
+        if matrices is None:
             return
-        in_features, rows = group.in_features, slice(segment.start, segment.end)
-        first = int(residency.down_row[segment.slot, index])
-        down = residency.down_table[first : first + tiles * in_features].view(tiles, in_features, DOWN_TILE)
-        hidden = x[rows] @ down.permute(1, 0, 2).reshape(in_features, tiles * DOWN_TILE)
-        if segment.scale != 1.0:
-            hidden = hidden * segment.scale
-        column = 0
-        for part, (start, end) in enumerate(group.columns, start=first_part):
-            rank, up_row = int(residency.rank[segment.slot, part]), int(residency.up_row[segment.slot, part])
-            if not rank:
-                continue
-            out_tiles = self.out_tiles[index][part - first_part]
-            up = residency.up_table[up_row : up_row + out_tiles * rank].view(out_tiles, rank, residency.tile)
-            columns = up.permute(1, 0, 2).reshape(rank, -1)[:, : end - start]
-            y[rows, start:end].add_(hidden[:, column : column + rank] @ columns)
+        rows = slice(segment.start, segment.end)
+        in_features = self.residency.groups[index].in_features
+        hidden = x[rows] @ matrices.down.permute(1, 0, 2).reshape(in_features, -1)
+        for start, end, column, up in matrices.members:
+            out_tiles, rank, tile = up.shape
+            columns = up.permute(1, 0, 2).reshape(rank, out_tiles * tile)[:, : end - start]
+            target, inputs = y[rows, start:end], hidden[:, column : column + rank]
+            if y.dtype == hidden.dtype:
+                target.addmm_(inputs, columns, alpha=segment.scale)
+            else:
+                target.add_(inputs @ columns, alpha=segment.scale)
+
+    def _matrices(self, slot: int) -> tuple[_Matrices | None, ...]:
+        """Views of one adapter's tiles in the pool, a group at a time; kept until the slot changes."""
+        epoch = int(self.residency.epochs[slot])
+        kept = self._views.get(slot)
+        if kept is None or kept[0] != epoch:
+            views = tuple(self._group_views(slot, index) for index in range(len(self.residency.groups)))
+            self._views[slot] = kept = (epoch, views)
+        return kept[1]
+
+    def _group_views(self, slot: int, index: int) -> _Matrices | None:
+        residency, group = self.residency, self.residency.groups[index]
+        tiles, down_row = int(residency.tiles[slot, index]), int(residency.down_row[slot, index])
+        if not tiles:
+            return None
+        down = residency.down_table[down_row : down_row + tiles * group.in_features]
+        members, column, first_part = [], 0, residency.first_part[index]
+        for part, ((start, end), out_tiles) in enumerate(zip(group.columns, self.out_tiles[index], strict=True)):
+            rank, up_row = int(residency.rank[slot, first_part + part]), int(residency.up_row[slot, first_part + part])
+            if rank:
+                up = residency.up_table[up_row : up_row + out_tiles * rank].view(out_tiles, rank, residency.tile)
+                members.append((start, end, column, up))
             column += rank
+        return _Matrices(down.view(tiles, group.in_features, DOWN_TILE), tuple(members))
 
     def _without_padding(self, index: int, delta: torch.Tensor) -> torch.Tensor:
         tile, pieces, first = self.residency.tile, [], 0
@@ -159,7 +188,9 @@ class RowwiseKernels:
             downs = residency.down_row[slots, index][:, None] + pattern.down_offset
             bags = num_bags + np.arange(count)[:, None] * pattern.num_tiles
             hidden = bags * DOWN_TILE + pattern.hidden_offset
-            pieces.append((downs, ups, hidden, np.tile(pattern.up_lengths, count), np.repeat(members, pattern.num_tiles)))
+            pieces.append(
+                (downs, ups, hidden, np.tile(pattern.up_lengths, count), np.repeat(members, pattern.num_tiles))
+            )
             num_bags += count * pattern.num_tiles
             first += count
         return self._assemble(index, rows, order, pieces)
@@ -225,8 +256,6 @@ def _pattern(ranks: tuple[int, ...], out_tiles: tuple[int, ...], in_features: in
     )
 
 
-def _weighted_sums(
-    table: torch.Tensor, rows: torch.Tensor, bags: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def _weighted_sums(table: torch.Tensor, rows: torch.Tensor, bags: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """[bags, width]: the sum of weights[i] * table[rows[i]] over each bag; an empty bag is zero."""
     return torch.embedding_bag(table, rows, bags, False, 0, False, weights, False)[0]
