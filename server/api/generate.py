@@ -93,16 +93,15 @@ async def _streamed(request: Request, passage: Passage, shape: Shape, headers: d
     first: TextDelta | None = await while_connected(request, deltas)
     assert first is not None, "a generation ends with a finish, so it has a first delta"
     return EventStream(
-        _events(passage, shape, first, deltas),
+        _events(shape, first, deltas),
+        deltas,
         headers=headers | passage.headers(),
         keep_alive_s=settings.keep_alive_s,
         stall_s=settings.stalled_client_s,
     )
 
 
-async def _events(
-    passage: Passage, shape: Shape, first: TextDelta, rest: AsyncGenerator[TextDelta, None]
-) -> AsyncGenerator[bytes, None]:
+async def _events(shape: Shape, first: TextDelta, rest: AsyncGenerator[TextDelta, None]) -> AsyncGenerator[bytes, None]:
     """Events by delta; several tokens that came at once go out in one write."""
     num_sent = len(first.tokens)
     try:
@@ -117,8 +116,6 @@ async def _events(
             log.error("a stream failed", exc_info=error)
             told = BUG
         yield event({**error_body("/", told), "error_type": _stream_type(told.error_type)})
-    finally:
-        await rest.aclose()
 
 
 def _stream_type(error_type: str) -> str:

@@ -6,7 +6,7 @@ nothing any more. What the chunks say is not known here.
     data: {"index":1,...}\\n\\n      an event; "\\n\\n" and nothing else separates events
     : ping\\n\\n                     a comment, so that no proxy closes a silent stream
 
-The iterator of chunks is closed in every case, and closing it is what aborts the generation.
+The source of the chunks is closed in every case, and closing it is what aborts the generation.
 """
 
 from __future__ import annotations
@@ -31,17 +31,25 @@ class EventStream(Response):
     """Streams chunks of bytes.
 
     Parameters:
-        chunks: what to write; closed at the end, whatever the end is
+        chunks: what to write
+        source: what `chunks` reads from; both are closed at the end, whatever the end is, even if no chunk was read
         keep_alive_s: seconds of silence before a comment is sent
         stall_s: seconds that one write may take before the client counts as gone
     """
 
     def __init__(
-        self, chunks: AsyncGenerator[bytes, None], headers: Mapping[str, str], keep_alive_s: float, stall_s: float
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        source: AsyncGenerator[Any, None],
+        *,
+        headers: Mapping[str, str],
+        keep_alive_s: float,
+        stall_s: float,
     ) -> None:
         super().__init__(status_code=200, headers={**headers, **_HEADERS})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._source = source
         self._keep_alive_s = keep_alive_s
         self._stall_s = stall_s
         self._last_write_s = 0.0
@@ -57,6 +65,7 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(writer, *watchers, return_exceptions=True)
             await self._chunks.aclose()
+            await self._source.aclose()
         if not writer.cancelled() and (error := writer.exception()) is not None and not isinstance(error, OSError):
             raise error
 

@@ -69,8 +69,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
         yield running
 
 
-SCHEMA = schemathesis.openapi.from_dict(create_app(Settings()).openapi())
-OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]
+SCHEMA: Any = schemathesis.openapi.from_dict(create_app(Settings()).openapi())
+OPERATIONS: list[Any] = [found.ok() for found in SCHEMA.get_all_operations()]
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))

@@ -18,8 +18,9 @@ def events(text: str) -> list[dict[str, Any]]:
 
 def test_a_stream_has_an_event_a_token_and_the_text_at_the_end(visit: Visit) -> None:
     async def test(door: Door) -> None:
-        for path, body in (("/generate_stream", {}), ("/generate", {"stream": True}), ("/", {"stream": True})):
-            answer = await door.generate(path=path, parameters={"max_new_tokens": 3, "details": True}, **body)
+        for path, stream in (("/generate_stream", None), ("/generate", True), ("/", True)):
+            parameters = {"max_new_tokens": 3, "details": True}
+            answer = await door.generate(path=path, stream=stream, parameters=parameters)
             assert answer.headers["content-type"] == "text/event-stream"
             assert answer.headers["cache-control"] == "no-cache"
             assert answer.headers["x-accel-buffering"] == "no"
@@ -139,3 +140,17 @@ def test_a_slow_reader_is_not_dropped(visit: Visit) -> None:
         assert len(events(answer.text)) == 10
 
     visit(test, stalled_client_s=0.1)
+
+
+def test_a_client_that_is_gone_before_the_first_event_frees_everything(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        for _ in range(20):
+            call = AsgiCall(door.app, "/generate_stream", {"inputs": "@long"})
+            await asyncio.wait_for(door.front.opened.wait(), 10)
+            door.front.opened.clear()
+            call.leave()
+            await call.finish()
+            assert door.front.num_open == 0
+            assert door.service.in_house == 0
+
+    visit(test)

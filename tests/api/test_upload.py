@@ -63,7 +63,7 @@ def test_a_bad_upload_is_refused_with_its_code_and_leaves_nothing(
 def test_announced_digests_are_held_against_the_bytes(visit: Visit) -> None:
     async def test(door: Door) -> None:
         digest = "sha256:" + hashlib.sha256(b"{}").hexdigest()
-        good = [meta(files=[{"path": "adapter_config.json", "sha256": digest}]), CONFIG, WEIGHTS]
+        good: list[Any] = [meta(files=[{"path": "adapter_config.json", "sha256": digest}]), CONFIG, WEIGHTS]
         assert (await door.client.post("/admin/v1/adapters", files=good)).status_code == 201
 
     visit(test)
