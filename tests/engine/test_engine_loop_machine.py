@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,7 +28,10 @@ def _quiet() -> Iterator[None]:
 
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
-        num_units=st.integers(10, 40), max_num_seqs=st.integers(1, 6), latency=st.integers(1, 4), caching=st.booleans()
+        num_units=st.integers(10, 20),
+        max_num_seqs=st.integers(1, 6),
+        latency=st.integers(1, 4),
+        caching=st.sampled_from([True, True, False]),
     )
     def begin(self, num_units: int, max_num_seqs: int, latency: int, caching: bool) -> None:
         self.bench = Bench(
@@ -47,11 +51,12 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         adapter=st.none() | st.sampled_from(ADAPTERS),
-        prompt_length=st.integers(1, 40),
-        flavour=st.integers(0, 2),
-        max_new_tokens=st.integers(1, 20),
+        prompt_length=st.sampled_from([1, 4, 5, 12, 17, 30]),
+        flavour=st.integers(0, 1),
+        max_new_tokens=st.integers(1, 30),
         prompt_logprobs=st.sampled_from([None, None, 0]),
-        count=st.integers(1, 3),
+        ignore_eos=st.booleans(),
+        count=st.integers(1, 4),
     )
     def submit(
         self,
@@ -60,6 +65,7 @@ class EngineMachine(RuleBasedStateMachine):
         flavour: int,
         max_new_tokens: int,
         prompt_logprobs: int | None,
+        ignore_eos: bool,
         count: int,
     ) -> None:
         for _ in range(count):
@@ -68,7 +74,7 @@ class EngineMachine(RuleBasedStateMachine):
                 [(flavour + i) % 60 for i in range(prompt_length)],
                 adapter,
                 max_new_tokens=max_new_tokens,
-                ignore_eos=False,
+                ignore_eos=ignore_eos,
                 num_prompt_logprobs=prompt_logprobs,
             )
             try:
@@ -77,55 +83,52 @@ class EngineMachine(RuleBasedStateMachine):
                 continue
             self.accepted[request.request_id] = request
 
-    @rule(index=st.integers(0, 200))
-    def abort(self, index: int) -> None:
-        live = [name for name in self.accepted if name not in self.bench.ends]
-        if live:
-            name = live[index % len(live)]
-            assert self.bench.engine.abort(name)
-            self.aborted.add(name)
-
-    @rule(count=st.integers(1, 6))
+    @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
         for _ in range(count):
             self._step()
 
-    @rule(adapter=st.sampled_from(ADAPTERS))
-    def evict(self, adapter: AdapterTicket) -> None:
-        try:
-            self.bench.engine.evict(adapter.key)
-        except AdapterBusy:
-            return
-
-    @rule(adapter=st.sampled_from(ADAPTERS))
-    def load(self, adapter: AdapterTicket) -> None:
-        try:
-            self.bench.engine.load(adapter)
-        except NoRoomForAdapter:
-            return
-
-    @rule(adapter=st.sampled_from(ADAPTERS))
-    def break_or_mend(self, adapter: AdapterTicket) -> None:
-        broken = self.bench.reader.broken
-        if adapter.key in broken:
-            del broken[adapter.key]
+    @rule(
+        what=st.sampled_from(["abort", "evict", "load", "break", "memory", "nan", "crash", "wait"]),
+        adapter=st.sampled_from(ADAPTERS),
+        number=st.integers(0, 40),
+    )
+    def disturb(self, what: str, adapter: AdapterTicket, number: int) -> None:
+        if what == "abort":
+            self._abort(number)
+        elif what == "evict":
+            with suppress(AdapterBusy):
+                self.bench.engine.evict(adapter.key)
+        elif what == "load":
+            with suppress(NoRoomForAdapter):
+                self.bench.engine.load(adapter)
+        elif what == "break":
+            self._break_or_mend(adapter.key)
+        elif what == "wait":
+            self.bench.clock.now += number
         else:
-            broken[adapter.key] = "broken"
-            self.broken.add(adapter.key)
+            self._plant(what)
 
-    @rule(kind=st.sampled_from(["memory", "crash", "nan"]))
-    def fault(self, kind: str) -> None:
-        if kind == "memory":
+    def _abort(self, number: int) -> None:
+        live = [name for name in self.accepted if name not in self.bench.ends]
+        if live:
+            name = live[number % len(live)]
+            assert self.bench.engine.abort(name)
+            self.aborted.add(name)
+
+    def _break_or_mend(self, key: str) -> None:
+        if self.bench.reader.broken.pop(key, None) is None:
+            self.bench.reader.broken[key] = "broken"
+            self.broken.add(key)
+
+    def _plant(self, what: str) -> None:
+        self.faults += 1
+        if what == "memory":
             self.bench.runner.faults.append(StepOutOfMemory("simulated"))
-        elif kind == "crash":
+        elif what == "crash":
             self.bench.runner.faults.append(RuntimeError("simulated"))
         elif self.accepted:
             self.bench.runner.poisoned.add(next(reversed(self.accepted)))
-        self.faults += 1
-
-    @rule(seconds=st.integers(1, 40))
-    def wait(self, seconds: int) -> None:
-        self.bench.clock.now += seconds
 
     @invariant()
     def the_books_agree(self) -> None:
@@ -172,7 +175,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(
-    max_examples=80,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
