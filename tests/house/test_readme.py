@@ -68,7 +68,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = free.getsockname()[1]
     log = folder / "server.log"
     command = [sys.executable, "-m", "server", "serve", "--port", str(port)]
-    offline = environment(folder) | {"HF_HUB_OFFLINE": "1"}
+    offline = environment(folder) | {"HF_HUB_OFFLINE": "1", "VENEER_NUM_THREADS": "1"}
     with log.open("w") as sink:
         server = subprocess.Popen(command, cwd=ROOT, env=offline, stdout=sink, stderr=subprocess.STDOUT)
     try:
