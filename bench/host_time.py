@@ -7,6 +7,7 @@ does not depend on their width, and a step of theirs is short. Only steps in whi
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench.conditions import conditions
@@ -33,13 +34,13 @@ class Loaded(NamedTuple):
     vocab_size: int
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = flags(__doc__ or "", rounds=5)
     parser.add_argument("--layers", type=int, nargs="+", default=(4, 12, 24))
     parser.add_argument("--sequences", type=int, nargs="+", default=(64, 256))
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64, help="decode steps a round, about")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.quick:
         vars(arguments).update(layers=(2, 4), sequences=(4, 8), adapters=4, output_tokens=6, rounds=2)
 

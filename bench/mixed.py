@@ -14,6 +14,7 @@ step much longer than that would be a row that suffers from its neighbours beyon
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,16 +50,17 @@ class Side:
         return [gap * 1e3 for one in self.runs for gap in one.gaps_s()]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = flags(__doc__ or "", rounds=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--rate", type=float, default=8.0, help="requests a second")
+    parser.add_argument("--adapters", type=int, default=40)
     parser.add_argument("--neighbour", type=int, default=4096, help="tokens of the one long prompt")
     parser.add_argument("--running", type=int, default=32, help="sequences that may run at once")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.quick:
-        vars(arguments).update(requests=12, rate=100.0, neighbour=600, rounds=2)
+        vars(arguments).update(requests=8, rate=100.0, adapters=5, neighbour=600, rounds=2)
     shape = TINY if arguments.quick else STANDARD
 
     config: dict[str, Any] = {
@@ -67,7 +69,12 @@ def main() -> None:
         "num_threads": arguments.threads,
     }
     engine, description = start_engine(shape, arguments.cache, lambda stage, _: progress(f"engine: {stage}"), **config)
-    uneven = mixed(num_requests=arguments.requests, rate=arguments.rate, neighbour_tokens=arguments.neighbour)
+    uneven = mixed(
+        num_requests=arguments.requests,
+        rate=arguments.rate,
+        num_adapters=arguments.adapters,
+        neighbour_tokens=arguments.neighbour,
+    )
     sides = {}
     for name, workload in (("mixed", uneven), ("uniform twin", uniform_twin(uneven))):
         progress(f"packing the adapters of the {name} workload")

@@ -9,6 +9,7 @@ once takes at the bandwidth measured in the same run.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,12 +81,12 @@ class VeneerRounds:
         return Timed(result.total_s, [result.token_ids[str(index)] for index in range(self._sizes.num_requests)])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = flags(__doc__ or "", rounds=5)
     parser.add_argument("--dtype", choices=tuple(GOALS), default="float32", help="of the base, everywhere")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=EVERYBODY, default=EVERYBODY, help="who takes part")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     sizes = (
         Sizes(TINY, AdapterShape(4), num_prompt=8, num_new=4) if arguments.quick else Sizes(STANDARD, AdapterShape(16))
     )

@@ -172,19 +172,20 @@ def zipf(
     return _workload("zipf", shapes, arrivals, adapters, prompts, outputs, seed)
 
 
-def mixed(*, num_requests: int = 160, rate: float = 8.0, neighbour_tokens: int = 4096, seed: int = 0) -> Workload:
-    """Prompts of 8 to 1,500 and outputs of 8 to 200 tokens (lognormal), Poisson arrivals, Zipf(1.0) over 40 adapters
-    of ranks 4, 8, 16 and 64 with four sets of targets, and in the middle one prompt of `neighbour_tokens` tokens."""
+def mixed(
+    *, num_requests: int = 160, rate: float = 8.0, num_adapters: int = 40, neighbour_tokens: int = 4096, seed: int = 0
+) -> Workload:
+    """Prompts of 8 to 1,500 and outputs of 8 to 200 tokens (lognormal), Poisson arrivals, Zipf(1.0) over adapters of
+    ranks 4, 8, 16 and 64 with four sets of targets, and in the middle one prompt of `neighbour_tokens` tokens."""
     rng = np.random.default_rng(seed)
     ranks = (4, 8, 16, 64)
-    shapes = tuple(AdapterShape(ranks[index % 4], TARGET_SETS[index // 4 % 4]) for index in range(40))
-    adapters = rng.choice(40, num_requests, p=zipf_probabilities(40, 1.0))
+    shapes = tuple(AdapterShape(ranks[index % 4], TARGET_SETS[index // 4 % 4]) for index in range(num_adapters))
+    adapters = rng.choice(num_adapters, num_requests, p=zipf_probabilities(num_adapters, 1.0))
     prompts = lognormal_lengths(rng, num_requests, median=120.0, sigma=1.1, least=8, most=1500)
     outputs = lognormal_lengths(rng, num_requests, median=50.0, sigma=0.8, least=8, most=200)
     arrivals = np.cumsum(rng.exponential(1 / rate, num_requests))
-    if neighbour_tokens:
-        middle = num_requests // 2
-        prompts[middle], outputs[middle] = neighbour_tokens, 64
+    middle = num_requests // 2
+    prompts[middle], outputs[middle] = neighbour_tokens, 64
     return _workload("mixed", shapes, arrivals, adapters, prompts, outputs, seed)
 
 

@@ -1,0 +1,121 @@
+"""Registered adapters cost nothing: the same load on servers that know few adapters and many.
+
+    1 in use    a server that knows only this one            against one that knows 1,000
+    8 in use    a server that knows only these eight         against the same
+
+All contents differ. Rounds are interleaved, each pair of rounds has the same prompts and prompts of its own, and the
+order within a pair is swapped every time. The interval of the ratio should include 1.00 and exclude 0.95.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from bench.conditions import conditions
+from bench.http_load import bodies, send
+from bench.models import STANDARD, TINY, BaseShape, adapter_directory, base_directory
+from bench.report import Report, Series, flags, progress
+from bench.server_process import ServerProcess
+from bench.statistics import ratio_of_pairs, spread
+from bench.workloads import AdapterShape, Arrival, Workload
+
+SMALL = AdapterShape(4, ("q_proj", "v_proj"))  # 0.3 MB each on the standard base: 1,000 of them fit anywhere
+WORST = 0.95
+_WARM_UP = 2  # pairs that do not count: they load adapters and grow buffers
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = flags(__doc__ or "", rounds=10)
+    parser.add_argument("--registered", type=int, default=1000, help="adapters of the server that knows many")
+    parser.add_argument("--in-use", type=int, nargs="+", default=(1, 8), help="adapters in use, one comparison each")
+    parser.add_argument("--streams", type=int, default=16, help="concurrent requests of a round")
+    parser.add_argument("--output-tokens", type=int, default=48)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        vars(arguments).update(registered=6, in_use=(1, 2), streams=4, output_tokens=4, rounds=2)
+    shape = TINY if arguments.quick else STANDARD
+
+    with ExitStack() as stack:
+        urls = {
+            number: stack.enter_context(started(arguments, shape, number)).url
+            for number in sorted({*arguments.in_use, arguments.registered})
+        }
+        rates = asyncio.run(play(arguments, shape, urls))
+    deliver(arguments, shape, rates)
+
+
+def started(arguments: argparse.Namespace, shape: BaseShape, number: int) -> ServerProcess:
+    """A server on which the first `number` adapters are registered."""
+    progress(f"starting a server with {number} adapters")
+    folder = arguments.cache / "registered" / f"{shape.name}-{number}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for index in range(number):
+        (folder / name_of(index)).symlink_to(adapter_directory(shape, SMALL, index, arguments.cache).resolve())
+    given = ["--adapters-dir", str(folder), "--dtype", arguments.dtype, "--log-level", "warning", "--pool-bytes", "1G"]
+    if arguments.threads:
+        given += ["--num-threads", str(arguments.threads)]
+    return ServerProcess(base_directory(shape, arguments.cache), given)
+
+
+async def play(arguments: argparse.Namespace, shape: BaseShape, urls: dict[int, str]) -> dict[str, list[float]]:
+    """Output tokens a second of every round, by "adapters in use/adapters registered"."""
+    rates: dict[str, list[float]] = {}
+    for number in range(-_WARM_UP, arguments.rounds):
+        for in_use in arguments.in_use:
+            workload = streams(arguments, in_use, seed=number + _WARM_UP)
+            made = bodies(workload, [name_of(index) for index in range(in_use)], shape.vocab)
+            order = (in_use, arguments.registered)
+            for known in order if number % 2 else reversed(order):
+                progress(f"pair {number + 1}/{arguments.rounds}: {in_use} in use, {known} registered")
+                load = await send(urls[known], workload, made)
+                failed = [one.error for one in load.streams if one.error]
+                if failed:
+                    raise RuntimeError(f"{len(failed)} streams failed: {failed[0]}")
+                if number >= 0:
+                    rates.setdefault(f"{in_use}/{known}", []).append(load.tokens_per_s)
+    progress("")
+    return rates
+
+
+def streams(arguments: argparse.Namespace, in_use: int, seed: int) -> Workload:
+    arrivals = tuple(Arrival(0.0, index % in_use, 64, arguments.output_tokens) for index in range(arguments.streams))
+    return Workload("registered", (SMALL,) * in_use, arrivals, seed)
+
+
+def name_of(index: int) -> str:
+    return f"registered-{index}"
+
+
+def deliver(arguments: argparse.Namespace, shape: BaseShape, rates: dict[str, list[float]]) -> None:
+    facts = conditions(
+        dtype=arguments.dtype,
+        base=shape.name,
+        adapters=f"rank {SMALL.rank} on {' '.join(SMALL.targets)}, all contents different",
+        requests=f"{arguments.streams} of 64 + {arguments.output_tokens} tokens, at once, over HTTP",
+        pairs=arguments.rounds,
+    )
+    report = Report("registered", facts, ("in use", "registered", "output tok/s [quartiles]"))
+    for name, values in rates.items():
+        report.add((*name.split("/"), spread(values)))
+    for in_use in arguments.in_use:
+        ratio = ratio_of_pairs(rates[f"{in_use}/{arguments.registered}"], rates[f"{in_use}/{in_use}"])
+        holds = "holds" if WORST < ratio.low <= 1.0 <= ratio.high else "does not hold"
+        report.findings.append(
+            f"{in_use} in use, {arguments.registered} registered / {in_use} registered: {ratio}; "
+            f"wanted an interval with 1.00 and without {WORST}: {holds}"
+        )
+    report.raw = {"tokens_per_s": rates}
+    spreads = [spread(values) for values in rates.values()]
+    labels = [f"{name.split('/')[0]} in use, {name.split('/')[1]} registered" for name in rates]
+    lows, highs = [one.low for one in spreads], [one.high for one in spreads]
+    report.deliver(arguments, [Series("output tokens/s", labels, [one.median for one in spreads], lows, highs)])
+
+
+if __name__ == "__main__":
+    main()
