@@ -3,7 +3,8 @@
 #
 #   TORCH_INDEX_URL=URL make serve    take torch from this package index (say, one with CPU-only or CUDA builds)
 #   PYTHON=python3.12 make serve      make the environment with this interpreter
-#   make test ARGS="-k scheduler"     hand arguments to pytest, `veneer serve`, `veneer demo`
+#   make test ARGS="-k scheduler"     hand arguments to pytest, `veneer serve`, the benchmarks
+#   make bench BENCH_RESULTS=build    write results elsewhere than into the tree
 #   make test-gpu PY=python3 SETUP=   use an environment that exists already, without set-up
 
 SHELL := /bin/bash
@@ -37,7 +38,7 @@ serve: $(SETUP) ## serve the built-in base and its adapters on port 8000; other 
 	@$(PY) -m server serve $(ARGS)
 
 demo: $(SETUP) ## a guided tour: one base, several adapters, hot swap while streams run
-	@$(PY) -m server demo $(ARGS)
+	@$(PY) -m server demo
 
 test: $(SETUP_DEV) ## the tests that fit in some minutes on two cores
 	$(call timed,$(PY) -m pytest $(ARGS))
@@ -54,13 +55,19 @@ check: $(SETUP_DEV) ## lint, format, strict types, and the rules of the house
 	@$(PY) -m mypy
 	@$(PY) -m pytest tests/house $(ARGS)
 
-bench: $(SETUP_DEV) ## the benchmarks that a CPU can run; results go to BENCH_RESULTS
-	$(PY) -m bench.versus_peft --json $(BENCH_RESULTS)/versus_peft.json
-	$(PY) -m bench.serving --json $(BENCH_RESULTS)/serving.json
+bench: $(SETUP_DEV) ## the benchmarks, on CPU; ARGS=--quick shows that they run, not how fast
+	@mkdir -p $(BENCH_RESULTS)
+	$(PY) -m bench.versus_peft --json $(BENCH_RESULTS)/versus_peft_float32.json $(ARGS)
+	$(PY) -m bench.versus_peft --dtype bfloat16 --json $(BENCH_RESULTS)/versus_peft_bfloat16.json $(ARGS)
+	$(PY) -m bench.mixed --json $(BENCH_RESULTS)/mixed.json $(ARGS)
+	$(PY) -m bench.host_time --json $(BENCH_RESULTS)/host_time.json $(ARGS)
+	$(PY) -m bench.registered --json $(BENCH_RESULTS)/registered.json $(ARGS)
+	$(PY) -m bench.serving --json $(BENCH_RESULTS)/serving.json $(ARGS)
 
-bench-gpu: $(SETUP_DEV) ## the same on a CUDA device
-	$(PY) -m bench.versus_peft --device cuda --json $(BENCH_RESULTS)/versus_peft_cuda.json
-	$(PY) -m bench.serving --device cuda --json $(BENCH_RESULTS)/serving_cuda.json
+bench-gpu: $(SETUP_DEV) ## the benchmarks, on a CUDA device
+	@mkdir -p $(BENCH_RESULTS)
+	$(PY) -m bench.versus_peft --device cuda --dtype bfloat16 --json $(BENCH_RESULTS)/versus_peft_cuda.json $(ARGS)
+	$(PY) -m bench.serving --device cuda --dtype bfloat16 --json $(BENCH_RESULTS)/serving_cuda.json $(ARGS)
 
 clean: ## remove the environment and what the tools leave behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

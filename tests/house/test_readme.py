@@ -55,7 +55,7 @@ def execute(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=240,
     )
 
 
