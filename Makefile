@@ -56,7 +56,6 @@ check: $(SETUP_DEV) ## lint, format, strict types, and the rules of the house
 	@$(PY) -m pytest tests/house $(ARGS)
 
 bench: $(SETUP_DEV) ## the benchmarks, on CPU; ARGS=--quick shows that they run, not how fast
-	@mkdir -p $(BENCH_RESULTS)
 	$(PY) -m bench.versus_peft --json $(BENCH_RESULTS)/versus_peft_float32.json $(ARGS)
 	$(PY) -m bench.versus_peft --dtype bfloat16 --json $(BENCH_RESULTS)/versus_peft_bfloat16.json $(ARGS)
 	$(PY) -m bench.mixed --json $(BENCH_RESULTS)/mixed.json $(ARGS)
@@ -65,7 +64,6 @@ bench: $(SETUP_DEV) ## the benchmarks, on CPU; ARGS=--quick shows that they run,
 	$(PY) -m bench.serving --json $(BENCH_RESULTS)/serving.json $(ARGS)
 
 bench-gpu: $(SETUP_DEV) ## the benchmarks, on a CUDA device
-	@mkdir -p $(BENCH_RESULTS)
 	$(PY) -m bench.versus_peft --device cuda --dtype bfloat16 --json $(BENCH_RESULTS)/versus_peft_cuda.json $(ARGS)
 	$(PY) -m bench.serving --device cuda --dtype bfloat16 --json $(BENCH_RESULTS)/serving_cuda.json $(ARGS)
 
