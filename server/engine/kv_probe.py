@@ -37,7 +37,7 @@ def probe_kv_shape(model: Any, block_size: int) -> KVShape:
     if layers != list(range(num_layers)) or len(shapes) != 1:
         raise EngineStartError(
             f"{model.config.model_type} does not keep plain K and V in every layer (layers that attend: {layers} of "
-            f"{num_layers}; sizes of K and V: {sorted(tuple(shape) for shape in shapes)}), so its cache cannot be paged."
+            f"{num_layers}; sizes: {sorted(tuple(shape) for shape in shapes)}), so its cache cannot be paged."
         )
     _, num_kv_heads, _, head_dim = shapes.pop()
     return KVShape(num_layers, num_kv_heads, head_dim, block_size, model.dtype)
