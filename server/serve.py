@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ def serve(settings: Settings) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     if settings.log_level == "info":  # what uvicorn says of starting and stopping is said better here
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    _allow_many_connections()
     try:
         listener = listen(settings.bind_host, settings.port)
     except OSError as error:
@@ -44,6 +46,13 @@ def serve(settings: Settings) -> int:
         return STARTUP_FAILED
     with listener:
         return asyncio.run(_run(settings, listener))
+
+
+def _allow_many_connections() -> None:
+    """Raise the soft limit of open files to the hard one: each connection is a file, and 1,024 are soon used up."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -146,7 +146,10 @@ class Settings(BaseModel):
     )
 
     adapters_dir: Path | None = _setting(
-        None, "Adapters", "Directory whose subdirectories (adapter_config.json inside) are registered at start by name."
+        None,
+        "Adapters",
+        "Directory whose subdirectories (adapter_config.json inside) are registered at start by name. "
+        "Default: the adapters of the built-in base, when that is served.",
     )
     store_dir: Path | None = _setting(
         None, "Adapters", "Where uploaded adapters are kept. Default: $XDG_DATA_HOME/veneer/store."

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from server.front.text import MAX_SEED
 
+MAX_INT = 2**31 - 1
+
 
 def _is_text(value: str) -> str:
     """Refuse lone surrogates: JSON can spell them, UTF-8 and tokenizers cannot."""
@@ -45,7 +47,7 @@ class Parameters(BaseModel):
     max_new_tokens: int | None = Field(None, ge=1, description="Default: up to the model's length.")
     do_sample: bool | None = Field(None, description="False without a sampling knob is greedy.")
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy.")
-    top_k: int | None = Field(None, ge=0, description="0 is off.")
+    top_k: int | None = Field(None, ge=0, le=MAX_INT, description="0 is off.")
     top_p: float | None = Field(None, gt=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
@@ -54,8 +56,8 @@ class Parameters(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Equal seeds give equal answers.")
     stop: list[StopText] | None = Field(None, description="The answer ends with the first of these that it produces.")
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=64)
-    min_new_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_INT)]] | None = Field(None, max_length=64)
+    min_new_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     ignore_eos_token: bool | None = None
     truncate: int | None = Field(None, ge=1, description="Keep only this many of the prompt's last tokens.")
     best_of: int | None = Field(None, ge=1, description="Sample this many answers and return the likeliest.")

@@ -55,7 +55,7 @@ async def open_library(settings: Settings, description: EngineDescription) -> Li
 
 
 async def register_adapters(library: Library, settings: Settings, on_event: OnEvent) -> None:
-    """Register what `adapters_dir`, `lora_modules` and the built-in base bring.
+    """Register what `adapters_dir` (by default what came with the built-in base) and `lora_modules` bring.
 
     An adapter that cannot be registered stops nothing: it is logged, and a request for it is told the reason.
 
@@ -66,10 +66,11 @@ async def register_adapters(library: Library, settings: Settings, on_event: OnEv
     def tell(num_done: int, num_found: int, name: str) -> None:
         on_event(LoadProgress("adapters", num_done / num_found))
 
-    if settings.model is None and ADAPTERS_DIR.is_dir():
-        await library.discover(ADAPTERS_DIR, tell)
-    if settings.adapters_dir is not None:
-        await library.discover(settings.adapters_dir, tell)
+    adapters_dir = settings.adapters_dir
+    if adapters_dir is None and settings.model is None and ADAPTERS_DIR.is_dir():
+        adapters_dir = ADAPTERS_DIR
+    if adapters_dir is not None:
+        await library.discover(adapters_dir, tell)
     for module in settings.lora_modules:
         try:
             await library.register(AdapterDirectory(module.name, Path(module.path)))

@@ -79,7 +79,10 @@ class SequenceText:
                 break
         finish = delta.finish
         if stop is None and finish is not None:
-            released, stop = self._stops.add(self._detokenizer.flush())
+            rest = self._detokenizer.flush()
+            if tokens:  # the texts of the tokens together are the text
+                tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + rest)
+            released, stop = self._stops.add(rest)
             text += released + self._stops.flush()
         self._num_generated += len(tokens)
         self._pieces.append(text)

@@ -136,4 +136,4 @@ def test_every_setting_has_a_flag_a_group_a_text_and_a_line_in_the_table() -> No
 def test_settings_do_not_change() -> None:
     settings = Settings()
     with pytest.raises(ValidationError, match="frozen"):
-        settings.port = 1  # type: ignore[misc]
+        settings.port = 1
