@@ -14,6 +14,7 @@ One process holds a store at a time. Any thread may call; changes wait for each 
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,8 @@ from adapters_store.names import DEFAULT_ALIAS, Reference, check_alias, check_na
 from adapters_store.opening import open_index
 from adapters_store.record import AdapterRecord, AdapterVersion, Content, Source, VersionState
 from adapters_store.staging import Stage, StageLimits
+
+logger = logging.getLogger(__name__)
 
 
 class Committed(NamedTuple):
@@ -179,7 +182,7 @@ class Catalog:
                 return
             self._write_alias(name, alias, version, aliases.get(alias))
             with self._reading:
-                self._index.entry(name).aliases[alias] = version
+                self._index.set_alias(name, alias, version)
 
     def delete(self, name: str, version: int | None = None, *, force: bool = False) -> list[AdapterVersion]:
         """Takes one version, or the whole adapter, out of sight for good; returns what went.
@@ -263,7 +266,8 @@ class Catalog:
             raise
         with self._reading:
             self._index.add(version)
-            self._index.entry(name).aliases.update(dict.fromkeys(aliases, number))
+            for alias in aliases:
+                self._index.set_alias(name, alias, number)
         return version
 
     def _write_alias(self, name: str, alias: str, version: int, previous: int | None) -> None:
@@ -288,11 +292,14 @@ class Catalog:
                 return  # the next opening finishes it
             with self._reading:
                 blobs, effect = self._index.forget(version)
-            remove(self._layout.version_path(version.name, version.version))
-            for sha256 in blobs:
-                remove(self._layout.blob_path(sha256))
-            if effect is not None:
-                self.shelf.discard(effect)
+            try:
+                remove(self._layout.version_path(version.name, version.version))
+                for sha256 in blobs:
+                    remove(self._layout.blob_path(sha256))
+                if effect is not None:
+                    self.shelf.discard(effect)
+            except OSError as error:  # the tombstone stands, so the next opening tries again
+                logger.error("the bytes of %s, deleted, could not all be removed: %s", version, error)
 
 
 def _now() -> str:

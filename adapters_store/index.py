@@ -21,7 +21,7 @@ class Entry:
     """All that is known of one name, alive or not."""
 
     versions: dict[int, AdapterVersion] = field(default_factory=dict)  # visible ones, ascending
-    aliases: dict[str, int] = field(default_factory=dict)  # each points to a visible version
+    aliases: dict[str, int] = field(default_factory=dict)  # each points to a visible version; see `set_alias`
     gone: frozenset[int] = frozenset()  # deleted numbers
     last_number: int = 0  # highest number ever given out
 
@@ -32,13 +32,15 @@ class Index:
         self._names: list[str] = []  # of entries with visible versions, sorted
         self._blob_uses: Counter[str] = Counter()  # includes deleted versions that are still leased
         self._effect_uses: Counter[str] = Counter()
+        self._records: dict[str, AdapterRecord] = {}  # made when asked for, dropped when the entry changes
 
     def entry(self, name: str) -> Entry:
-        """The entry to change; created when the name is new."""
+        """What is known of a name; created when the name is new."""
         return self._entries.setdefault(name, Entry())
 
     def add(self, version: AdapterVersion) -> None:
         entry = self.entry(version.name)
+        self._records.pop(version.name, None)
         if not entry.versions:
             bisect.insort(self._names, version.name)
         entry.versions[version.version] = version
@@ -49,6 +51,7 @@ class Index:
     def hide(self, version: AdapterVersion) -> None:
         """Takes a version out of sight, with the aliases that point to it; its bytes still count as used."""
         entry = self._entries[version.name]
+        self._records.pop(version.name, None)
         del entry.versions[version.version]
         entry.gone |= {version.version}
         entry.aliases = {alias: number for alias, number in entry.aliases.items() if number != version.version}
@@ -71,8 +74,16 @@ class Index:
         del self._effect_uses[effect]
         return unused, effect
 
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Points an alias to a version that is visible."""
+        entry = self._entries[name]
+        assert version in entry.versions, f"{name}@{version} is not committed"
+        self._records.pop(name, None)
+        entry.aliases[alias] = version
+
     def set_state(self, version: AdapterVersion, state: VersionState, reason: str | None) -> None:
         versions = self._entries[version.name].versions
+        self._records.pop(version.name, None)
         if version.version in versions:
             versions[version.version] = replace(version, state=state, reason=reason)
 
@@ -103,10 +114,12 @@ class Index:
 
     def record(self, name: str) -> AdapterRecord:
         """Raises AdapterNotFound."""
-        entry = self._entries.get(name)
-        if entry is None or not entry.versions:
-            raise AdapterNotFound(f"there is no adapter {name!r}.")
-        return AdapterRecord(name, tuple(entry.versions.values()), dict(entry.aliases))
+        if name not in self._records:
+            entry = self._entries.get(name)
+            if entry is None or not entry.versions:
+                raise AdapterNotFound(f"there is no adapter {name!r}.")
+            self._records[name] = AdapterRecord(name, tuple(entry.versions.values()), dict(entry.aliases))
+        return self._records[name]
 
     def names(self, prefix: str, after: str) -> list[str]:
         """Names that begin with `prefix` and sort after `after`, sorted."""

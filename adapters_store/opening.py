@@ -94,7 +94,7 @@ def _settle_aliases(layout: Layout, index: Index) -> None:
             continue
         if target != content["version"]:
             write_json(layout.alias_path(name, alias), {"version": target, "previous": None})
-        entry.aliases[alias] = target
+        index.set_alias(name, alias, target)
 
 
 def _target(content: Mapping[str, object], committed: Container[object], gone: frozenset[int]) -> int | None:
