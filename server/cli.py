@@ -1,7 +1,7 @@
 """The `veneer` command: its tree, and the commands that need no server.
 
     veneer serve [MODEL] [flags]      veneer adapters push|list|show|load|evict|rm|inspect
-    veneer generate MODEL ...         veneer config show [flags]
+    veneer generate MODEL [PROMPT]    veneer config show [flags]
     veneer demo                       veneer version
 
 Heavy modules are imported by the command that needs them, so that `--help` and `version` answer at once.
@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from server import cli_adapters
+from server import cli_adapters, cli_generate
 from server.flags import SettingsError, read_settings, show
 from server.generate_command import generate
 from server.version import VERSION
@@ -32,6 +32,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(cli_adapters.app, name="adapters")
 app.add_typer(config_app, name="config")
+app.command()(cli_generate.generate)
 app.command()(generate)
 
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
-import socket
-import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import httpx
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -27,40 +20,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.api.app import create_app
-from server.front.front import Front
 from server.settings import Settings
-from tests.api.conftest import Door, Visit, safetensors_bytes
-from tests.api.fake_front import FakeFront
+from tests.api.conftest import Door, Visit
+from tests.api.fake_server import FakeServer, upload
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-
-
-class FakeServer:
-    """A real HTTP server over a front without an engine, in a thread of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._server: uvicorn.Server | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def __enter__(self) -> FakeServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        assert self._server is not None
-        self._server.should_exit = True
-        self._thread.join(10)
-        self._listener.close()
-
-    async def _run(self) -> None:
-        front = await FakeFront.start(self._root)
-        app = create_app(Settings(), cast(Front, front))
-        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-        await self._server.serve(sockets=[self._listener])
-        await front.close()
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +61,6 @@ def test_the_fuzzer_would_see_an_undocumented_answer(server: FakeServer) -> None
     with pytest.raises(FailureGroup) as found:
         case.validate_response(case.call(base_url=server.url), checks=CHECKS)
     assert "Undocumented status code" in str(found.value.exceptions[0])
-
-
-def upload(url: str, name: str) -> None:
-    files: list[Any] = [
-        ("metadata", (None, json.dumps({"name": name}))),
-        ("files", ("adapter_config.json", b"{}")),
-        ("files", ("adapter_model.safetensors", safetensors_bytes())),
-    ]
-    assert httpx.post(url + "/admin/v1/adapters", files=files).status_code in (200, 201)
 
 
 def test_every_route_is_described(visit: Visit) -> None:
