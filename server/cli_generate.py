@@ -13,18 +13,20 @@ import typer
 from server.engine.request import SamplingParams
 
 _DEFAULT_NEW_TOKENS = 64
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(help="DIR, NAME=DIR, or the name of a built-in one; repeatable. Without it the base answers."),
+]
+Input = Annotated[
+    Path | None, typer.Option("--input", help="Prompts: a .jsonl file, a text file (one a line), or - for stdin.")
+]
 
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a Hugging Face id, or `demo`.")],
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to continue.")] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="DIR, NAME=DIR, or the name of a built-in one; repeatable. Without it the base answers."),
-    ] = None,
-    input_path: Annotated[
-        Path | None, typer.Option("--input", help="Prompts: a .jsonl file, a text file (one a line), or - for stdin.")
-    ] = None,
+    adapter: Adapters = None,
+    input_path: Input = None,
     output_path: Annotated[Path | None, typer.Option("--output", help="Where answers go. Default: stdout.")] = None,
     output_format: Annotated[str, typer.Option("--format", help="plain or jsonl.")] = "plain",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = _DEFAULT_NEW_TOKENS,
