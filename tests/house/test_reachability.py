@@ -13,6 +13,7 @@ STARTED = (
     "server.engine.local",  # the same door for programs that want no second process
     "server.loader.worker",  # a process of its own
     "server.demo.train",  # how the built-in base and its adapters were made
+    "server.demo.evaluate",  # how they are judged
 )
 
 
