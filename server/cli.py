@@ -15,7 +15,7 @@ import sys
 import typer
 
 from server import cli_adapters, cli_generate
-from server.flags import SettingsError, read_settings, show
+from server.flags import SettingsError, changed, read_settings, show
 from server.generate_command import generate
 from server.version import VERSION
 
@@ -49,6 +49,7 @@ def main() -> None:
 def serve(context: typer.Context) -> None:
     """Serve a model; without MODEL the small built-in base with its adapters. `veneer serve --help` lists the flags."""
     layered = read_settings(context.args, os.environ)
+    print(f"settings: {changed(layered) or 'all at their defaults'}", file=sys.stderr, flush=True)
     from server.serve import serve as run
 
     raise typer.Exit(run(layered.settings))

@@ -79,6 +79,12 @@ def show(layered: LayeredSettings) -> str:
     return "\n".join(lines)
 
 
+def changed(layered: LayeredSettings) -> str:
+    """The settings that are not at their default, in one line; secrets masked."""
+    given = [name for name, origin in layered.origins.items() if origin != "default"]
+    return ", ".join(f"{name}={_shown(getattr(layered.settings, name))} ({layered.origins[name]})" for name in given)
+
+
 def settings_table() -> str:
     """The settings as a Markdown table, for the README; a test compares the two."""
     lines = ["| flag | environment | default | what it does |", "|---|---|---|---|"]

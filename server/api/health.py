@@ -62,7 +62,7 @@ async def health(request: Request) -> Response:
     )
 
 
-for _path, _method in (("/ping", "GET"), ("/ping", "POST"), ("/v2/health/ready", "GET")):
+for _path, _method in (("/", "GET"), ("/ping", "GET"), ("/ping", "POST"), ("/v2/health/ready", "GET")):
     router.add_api_route(
         _path,
         health,

@@ -2,6 +2,7 @@
 
     the answer to any prompt is " one two three ..." (or " arr one two ..." on adapter "pirate"), a token a word
     a prompt with "@fail" fails after two tokens, "@early" before the first, "@slow" takes 20 ms a token
+    a prompt with "@late" is past its deadline, with "@gone" finds no engine
     a prompt with "@hang" never answers, "@long" pours out 20,000 tokens as fast as they are taken
 
 Adapters are kept in a real library over a loader that packs nothing. `num_open` counts generations nobody has ended.
@@ -22,7 +23,7 @@ from server.engine.errors import AdapterBusy, AdapterLoadFailed
 from server.engine.metrics import EngineMetrics, RequestMetrics
 from server.engine.request import AdapterState, AdapterTicket, ResidentAdapter
 from server.engine.stats import EngineStats
-from server.front.errors import GenerationFailed, Overloaded, PromptTooLong
+from server.front.errors import DeadlineExceeded, EngineGone, GenerationFailed, Overloaded, PromptTooLong
 from server.front.generation import ResolvedAdapter
 from server.front.text import (
     Alternative,
@@ -134,6 +135,10 @@ class FakeGeneration:
         text = prompt if request.echo else ""
         if "@early" in prompt:
             raise GenerationFailed("the engine could not do it")
+        if "@late" in prompt:
+            raise DeadlineExceeded("the request had not ended after 1 s; 0 tokens had been generated.")
+        if "@gone" in prompt:
+            raise EngineGone("the engine is being restarted")
         if "@hang" in prompt:
             await asyncio.Event().wait()
         for number in range(num_tokens):

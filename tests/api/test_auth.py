@@ -22,7 +22,7 @@ def test_every_route_but_the_public_ones_asks_for_a_key(visit: Visit) -> None:
         assert len(routes) > 15
         for method, path in routes:
             answer = await door.client.request(method, path.replace("{version}", "1"), content=b"{nonsense")
-            if path in PUBLIC:
+            if path in PUBLIC or (method, path) == ("get", "/"):
                 assert answer.status_code == 200, path
             else:
                 assert answer.status_code == 401, (method, path)

@@ -272,7 +272,12 @@ def test_a_small_body_cannot_cause_a_large_error(visit: Visit) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "status", "error_type"),
-    [("@early", 424, "generation"), ("@bug", 500, "incomplete_generation")],
+    [
+        ("@early", 424, "generation"),
+        ("@late", 504, "timeout"),
+        ("@gone", 503, "loading"),
+        ("@bug", 500, "incomplete_generation"),
+    ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_before_the_first_token_has_a_real_status(

@@ -33,7 +33,13 @@ def test_while_the_base_loads_the_port_answers_503() -> None:
 
 def test_a_ready_server_is_healthy_with_an_empty_body(visit: Visit) -> None:
     async def test(door: Door) -> None:
-        for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"), ("GET", "/v2/health/ready")):
+        for method, path in (
+            ("GET", "/"),
+            ("GET", "/health"),
+            ("GET", "/ping"),
+            ("POST", "/ping"),
+            ("GET", "/v2/health/ready"),
+        ):
             answer = await door.client.request(method, path)
             assert (answer.status_code, answer.content) == (200, b"")
         door.front.engine.state = "restarting"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.flags import SettingsError, build_parser, read_settings, settings_table, show
+from server.flags import SettingsError, build_parser, changed, read_settings, settings_table, show
 from server.settings import GROUPS, LoraModule, Settings
 
 
@@ -79,6 +79,7 @@ def test_service_links_of_kubernetes_are_no_settings() -> None:
 
 def test_keys_are_never_shown() -> None:
     layered = read_settings(["--api-key", "hunter2", "--admin-api-key", "correcthorse"], {})
+    assert changed(layered) == "api_key=******** (--api-key), admin_api_key=******** (--admin-api-key)"
     for text in (show(layered), repr(layered.settings)):
         assert "hunter2" not in text
         assert "correcthorse" not in text

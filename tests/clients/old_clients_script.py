@@ -34,16 +34,18 @@ def lorax_findings(url: str) -> dict[str, Any]:
     }
 
     async def asynchronous() -> Any:
-        there: Any = AsyncClient(url, timeout=60)
+        make: Any = AsyncClient
+        there = make(url, timeout=60)
         return await there.generate(PROMPT, adapter_id="poet", max_new_tokens=6)
 
     found["async"] = asyncio.run(asynchronous()).generated_text
-    for name, error, call in (
-        ("unknown", NotFoundError, lambda: client.generate(PROMPT, adapter_id="nobody")),
-        ("invalid", ValidationError, lambda: client.generate(PROMPT, max_new_tokens=10**6)),
-    ):
+    refusals: list[tuple[str, Any, dict[str, Any]]] = [
+        ("unknown", NotFoundError, {"adapter_id": "nobody"}),
+        ("invalid", ValidationError, {"max_new_tokens": 10**6}),
+    ]
+    for name, error, parameters in refusals:
         try:
-            call()
+            client.generate(PROMPT, **parameters)
             found[name] = "no error"
         except error as seen:
             found[name] = str(seen)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from tests.clients.running import RunningServer, is_idle
 
 NUM_AT_ONCE = 2000
+NUM_SLOW_TOKENS = 400
 LONG = {"inputs": "once upon", "adapter": "poet", "parameters": {"max_new_tokens": 1900}}
 
 
@@ -91,7 +92,7 @@ def test_clients_that_vanish_before_the_answer_leave_nothing_behind(server: Runn
 
 def test_slow_readers_hold_nobody_up_and_lose_nothing(server: RunningServer) -> None:
     slow = [connect(server.url, receive_buffer_bytes=4096) for _ in range(4)]
-    body = {"inputs": "once upon", "parameters": {"max_new_tokens": 1000}}
+    body = {"inputs": "once upon", "parameters": {"max_new_tokens": NUM_SLOW_TOKENS}}
     for client in slow:
         client.sendall(raw_request(server.url, "/generate_stream", body))
     quick = server.post("/generate", {"inputs": "once upon", "parameters": {"max_new_tokens": 8}})
@@ -103,7 +104,7 @@ def test_slow_readers_hold_nobody_up_and_lose_nothing(server: RunningServer) -> 
         while piece := client.recv(65536):
             received += piece
         client.close()
-        assert received.count(b'"index":') == 1000
+        assert received.count(b'"index":') == NUM_SLOW_TOKENS
         texts.append(received[received.rindex(b'"generated_text"') :])
     assert len(set(texts)) == 1
     assert is_idle(server.wait_until_idle())

@@ -14,6 +14,8 @@ import pytest
 from tests.clients.running import RunningServer
 from tests.clients.served_model import ServedModel
 
+NUM_TOKENS = 300  # enough that the signal comes in the middle
+
 
 def test_sigterm_lets_streams_finish_and_takes_no_new_ones(model: ServedModel, tmp_path: Path) -> None:
     arguments = [str(model.base), "--store-dir", str(tmp_path / "store"), "--pool-bytes", "64M"]
@@ -28,7 +30,7 @@ def test_sigterm_lets_streams_finish_and_takes_no_new_ones(model: ServedModel, t
         started, lines = threading.Event(), list[str]()
 
         def read_stream() -> None:
-            body = {"inputs": "once", "adapter": "poet", "parameters": {"max_new_tokens": 600}}
+            body = {"inputs": "once", "adapter": "poet", "parameters": {"max_new_tokens": NUM_TOKENS}}
             with httpx.stream("POST", server.url + "/generate_stream", json=body, headers=key, timeout=60) as answer:
                 for line in answer.iter_lines():
                     lines.append(line)
@@ -44,7 +46,7 @@ def test_sigterm_lets_streams_finish_and_takes_no_new_ones(model: ServedModel, t
         assert (health.status_code, refused.status_code, refused.json()["error_type"]) == (503, 503, "draining")
         reader.join(60)
         last = json.loads([line for line in lines if line][-1].removeprefix("data: "))
-        assert (last["index"], last["generated_text"] is None) == (600, False)
+        assert (last["index"], last["generated_text"] is None) == (NUM_TOKENS, False)
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.output
         assert "boss" not in server.output, "keys are never printed"
