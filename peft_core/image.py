@@ -159,7 +159,7 @@ def site_views(site: dict[str, Any], group: SiteGroup, payload: torch.Tensor, ti
 
 def write_image(path: Path, image: Image) -> None:
     """Write atomically: a reader sees the whole image or none."""
-    payload = image.payload.contiguous().view(torch.uint8).numpy()
+    payload = image.payload.contiguous().view(torch.uint8).numpy().data
     header = json.dumps({**image.header, "crc32": zlib.crc32(payload)}).encode()
     start = _payload_start(len(header))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def write_image(path: Path, image: Image) -> None:
     with partial.open("wb") as file:
         file.write(MAGIC + struct.pack("<I", len(header)) + header)
         file.seek(start)
-        file.write(payload.data)
+        file.write(payload)
         file.truncate(start + payload.nbytes)
         file.flush()
         os.fsync(file.fileno())

@@ -26,8 +26,11 @@ from peft_core.sites import SiteGroup
 class AdapterKernels(Protocol):
     """The seam between the layers and what computes on this device (`peft_core.kernels`)."""
 
-    def prepare(self, rows: RowAdapters) -> Any:
-        """Whatever the kernels derive from the triples of one step; may be kept by them."""
+    def prepare(self, rows: RowAdapters, *, is_head: bool = False) -> Any:
+        """Whatever the kernels derive from the triples of one step's token rows or, for the head, last rows.
+
+        Valid until the next call of its kind.
+        """
 
     def apply(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, prepared: Any) -> None:
         """y[rows, columns] += scale * up (down x[rows]), in place, for every triple."""
@@ -47,15 +50,16 @@ class ActiveBatch:
         """Let the layers see `batch` until the block ends; not reentrant."""
         assert not self._in_use, "one forward pass at a time"
         self._in_use = True
-        self._tokens, self._last = self._prepared(batch.tokens), self._prepared(batch.last)
+        self._tokens = self._prepared(batch.tokens, is_head=False)
+        self._last = self._prepared(batch.last, is_head=True)
         try:
             yield
         finally:
             self._in_use, self._tokens, self._last = False, None, None
 
-    def add_to(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, *, is_head: bool) -> None:
+    def add_to(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the step's adapters at one group: x [rows, in_features], y [rows, sum(out_features)]."""
-        active = self._last if is_head else self._tokens
+        active = self._last if group.is_head else self._tokens
         if active is None:
             return
         num_rows, prepared = active
@@ -66,15 +70,15 @@ class ActiveBatch:
             )
         self.kernels.apply(group, x, y, prepared)
 
-    def _prepared(self, rows: RowAdapters) -> tuple[int, Any] | None:
-        return None if rows.is_base_only else (rows.num_rows, self.kernels.prepare(rows))
+    def _prepared(self, rows: RowAdapters, *, is_head: bool) -> tuple[int, Any] | None:
+        return None if rows.is_base_only else (rows.num_rows, self.kernels.prepare(rows, is_head=is_head))
 
 
 class GroupProduct:
     """Base product plus adapters of one group; remembers its last result until all members took theirs."""
 
-    def __init__(self, group: SiteGroup, base: BaseProduct, active: ActiveBatch, *, is_head: bool) -> None:
-        self.group, self.base, self._active, self._is_head = group, base, active, is_head
+    def __init__(self, group: SiteGroup, base: BaseProduct, active: ActiveBatch) -> None:
+        self.group, self.base, self._active = group, base, active
         self.num_calls = 0  # forward passes computed; the self-check reads it
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
@@ -98,7 +102,7 @@ class GroupProduct:
         self.num_calls += 1
         rows = x.reshape(-1, x.shape[-1])
         y = self.base(rows)
-        self._active.add_to(self.group, rows, y, is_head=self._is_head)
+        self._active.add_to(self.group, rows, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

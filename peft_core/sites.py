@@ -29,6 +29,7 @@ class SiteGroup:
     paths: tuple[str, ...]
     in_features: int
     out_features: tuple[int, ...]
+    is_head: bool = False  # its rows are the step's last rows, not its token rows
 
     @property
     def leader(self) -> str:
@@ -53,7 +54,7 @@ def site_groups(spec: BaseModelSpec) -> tuple[SiteGroup, ...]:
         paths = grouped.get(path, (path,))
         done.update(paths)
         outs = tuple(linear[member].out_features for member in paths)
-        groups.append(SiteGroup(paths, site.in_features, outs))
+        groups.append(SiteGroup(paths, site.in_features, outs, is_head=site.kind == "head"))
     return tuple(groups)
 
 

@@ -42,10 +42,11 @@ class PackedProduct:
         return product
 
     def weight(self, member: int) -> torch.Tensor:
-        return self._packed.to_dense().split(self._outs)[member]
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense.split(self._outs)[member]
 
     def bias(self, member: int) -> torch.Tensor | None:
-        return None if self._bias is None or not self._has_bias[member] else self._bias.split(self._outs)[member]
+        return _member_bias(self._bias, self._outs, member) if self._has_bias[member] else None
 
 
 class PlainProduct:
@@ -61,10 +62,11 @@ class PlainProduct:
         return linear(x, self._weight, self._bias)
 
     def weight(self, member: int) -> torch.Tensor:
-        return self._weight.split(self._outs)[member]
+        members: tuple[torch.Tensor, ...] = self._weight.split(self._outs)
+        return members[member]
 
     def bias(self, member: int) -> torch.Tensor | None:
-        return None if self._bias is None or not self._has_bias[member] else self._bias.split(self._outs)[member]
+        return _member_bias(self._bias, self._outs, member) if self._has_bias[member] else None
 
 
 class ModuleProduct:
@@ -78,12 +80,10 @@ class ModuleProduct:
         return product
 
     def weight(self, member: int) -> torch.Tensor:
-        weight: torch.Tensor = self._module.weight
-        return weight
+        return self._module.get_parameter("weight")
 
     def bias(self, member: int) -> torch.Tensor | None:
-        bias: torch.Tensor | None = self._module.bias
-        return bias
+        return getattr(self._module, "bias", None)
 
 
 def can_stack(module: nn.Module) -> bool:
@@ -113,6 +113,12 @@ def _can_pack(weight: torch.Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def _member_bias(bias: torch.Tensor | None, outs: list[int], member: int) -> torch.Tensor:
+    assert bias is not None
+    members: tuple[torch.Tensor, ...] = bias.split(outs)
+    return members[member]
 
 
 def _stack_biases(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

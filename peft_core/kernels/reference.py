@@ -20,7 +20,7 @@ class ReferenceKernels:
     def __init__(self, residency: Residency) -> None:
         self.residency = residency
 
-    def prepare(self, rows: RowAdapters) -> tuple[Segment, ...]:
+    def prepare(self, rows: RowAdapters, *, is_head: bool = False) -> tuple[Segment, ...]:
         narrow = zip(rows.narrow_rows.tolist(), rows.narrow_slots.tolist(), rows.narrow_scales.tolist(), strict=True)
         return (*(Segment(row, row + 1, slot, scale) for row, slot, scale in narrow), *rows.wide)
 

@@ -11,39 +11,21 @@ depend on which rows share the step. Measured on two cores with 16 distinct rank
 2.2 times the time that reading their bytes takes in float32, against 2.9 for batched products
 over stacked copies, and no copies to keep.
 
-The row numbers depend only on who is in the batch, so they are kept until it changes.
+The row numbers (`peft_core.kernels.gathers`) depend only on who is in the batch, so they are kept until
+that changes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 
 from peft_core.batch import RowAdapters, Segment
+from peft_core.kernels.gathers import GatherBuilder, GroupGather, group_shape
 from peft_core.residency import Residency
 from peft_core.sites import DOWN_TILE, SiteGroup
-
-KEPT_PLANS = 8
-INT32_ROWS = 2**31
-
-
-@dataclass(frozen=True, slots=True)
-class GroupGather:
-    """The gathers of all narrow rows at one site group, entries ordered by rank signature."""
-
-    rows: torch.Tensor  # [entries] int64, rows of y
-    first_row: int  # rows are first_row, first_row + 1, ... ; -1: they are not
-    tile_rows: torch.Tensor | None  # [down bags] int64, row of x of each bag; None: one bag a row, in order
-    down_rows: torch.Tensor  # [down bags * in_features] int32/int64
-    down_bags: torch.Tensor  # [down bags]
-    hidden: torch.Tensor  # [lookups] int64, which hidden value weighs each up row
-    scales: torch.Tensor | None  # [lookups] float, None: all one
-    up_rows: torch.Tensor  # [lookups]
-    up_bags: torch.Tensor  # [up bags]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +40,7 @@ class _Matrices:
 
 @dataclass(frozen=True, slots=True)
 class RowwisePlan:
-    gathers: tuple[GroupGather | None, ...]  # one a group
+    gathers: Mapping[int, GroupGather]  # by group; none where no row of the batch has an adapter
     wide: tuple[Segment, ...]
 
 
@@ -67,32 +49,29 @@ class RowwiseKernels:
 
     def __init__(self, residency: Residency) -> None:
         self.residency = residency
-        tile = residency.tile
-        self.out_tiles = [tuple(-(-out // tile) for out in group.out_features) for group in residency.groups]
-        self.is_padded = [any(out % tile for out in group.out_features) for group in residency.groups]
+        self.out_tiles = [group_shape(group, residency.tile).out_tiles for group in residency.groups]
+        self.is_padded = [any(out % residency.tile for out in group.out_features) for group in residency.groups]
         self.num_plans_built = 0
-        self._kept: OrderedDict[tuple[bytes, ...], tuple[GroupGather | None, ...]] = OrderedDict()
+        self._builders = {is_head: GatherBuilder(residency, is_head=is_head) for is_head in (False, True)}
+        self._kept: dict[bool, tuple[tuple[bytes, ...], Mapping[int, GroupGather]]] = {}
         self._views: dict[int, tuple[int, tuple[_Matrices | None, ...]]] = {}  # slot -> (epoch, one a group)
 
-    def prepare(self, rows: RowAdapters) -> RowwisePlan:
-        """Row numbers for every group; rebuilt only when the batch's members changed."""
+    def prepare(self, rows: RowAdapters, *, is_head: bool = False) -> RowwisePlan:
+        """Row numbers for the groups of one kind; rebuilt only when the batch's members changed."""
         if not len(rows.narrow_rows):
-            return RowwisePlan((None,) * len(self.residency.groups), rows.wide)
+            return RowwisePlan({}, rows.wide)
         arrays = (rows.narrow_rows, rows.narrow_slots, rows.narrow_scales, self.residency.epochs[rows.narrow_slots])
         key = tuple(array.tobytes() for array in arrays)
-        gathers = self._kept.pop(key, None)
-        if gathers is None:
+        kept = self._kept.get(is_head)
+        if kept is None or kept[0] != key:
             self.num_plans_built += 1
-            gathers = tuple(self._gather(index, rows) for index in range(len(self.residency.groups)))
-        self._kept[key] = gathers
-        while len(self._kept) > KEPT_PLANS:
-            self._kept.popitem(last=False)
-        return RowwisePlan(gathers, rows.wide)
+            self._kept[is_head] = kept = (key, self._builders[is_head].build(rows))
+        return RowwisePlan(kept[1], rows.wide)
 
     def apply(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, plan: RowwisePlan) -> None:
         """x: [rows, in_features], y: [rows, sum(out_features)], changed in place."""
         index = self.residency.group_index[group.leader]
-        gather = plan.gathers[index]
+        gather = plan.gathers.get(index)
         if gather is None and not plan.wide:
             return
         x = x.to(self.residency.dtype)
@@ -167,93 +146,6 @@ class RowwiseKernels:
             pieces.append(delta[:, first : first + out])
             first += out_tiles * tile
         return torch.cat(pieces, 1)
-
-    def _gather(self, index: int, rows: RowAdapters) -> GroupGather | None:
-        """All row numbers at one group: entries of equal ranks are built at once and laid one after another."""
-        residency, group = self.residency, self.residency.groups[index]
-        parts = slice(residency.first_part[index], residency.first_part[index] + len(group.paths))
-        ranks = residency.rank[rows.narrow_slots, parts]  # [n, parts]
-        active = np.flatnonzero(ranks.any(1))
-        if not len(active):
-            return None
-        signatures, which = np.unique(ranks[active], axis=0, return_inverse=True)
-        order = active[np.argsort(which.reshape(-1), kind="stable")]
-        counts = np.bincount(which.reshape(-1))
-        pieces, first, num_bags = [], 0, 0
-        for signature, count in zip(signatures, counts, strict=True):
-            members = order[first : first + count]
-            slots = rows.narrow_slots[members]
-            pattern = _pattern(tuple(signature.tolist()), self.out_tiles[index], group.in_features)
-            ups = residency.up_row[slots, parts][:, pattern.up_part] + pattern.up_offset
-            downs = residency.down_row[slots, index][:, None] + pattern.down_offset
-            bags = num_bags + np.arange(count)[:, None] * pattern.num_tiles
-            hidden = bags * DOWN_TILE + pattern.hidden_offset
-            pieces.append(
-                (downs, ups, hidden, np.tile(pattern.up_lengths, count), np.repeat(members, pattern.num_tiles))
-            )
-            num_bags += count * pattern.num_tiles
-            first += count
-        return self._assemble(index, rows, order, pieces)
-
-    def _assemble(
-        self, index: int, rows: RowAdapters, order: np.ndarray, pieces: list[tuple[np.ndarray, ...]]
-    ) -> GroupGather:
-        downs, ups, hidden, lengths, tile_entries = (
-            np.concatenate([piece[column].reshape(-1) for piece in pieces]) for column in range(5)
-        )
-        in_features = self.residency.groups[index].in_features
-        own = rows.narrow_rows[order]
-        contiguous = bool((np.diff(own) == 1).all())
-        scales = None
-        if (rows.narrow_scales != 1).any():
-            lookups = np.concatenate([np.full(len(piece[1]), piece[1].shape[1]) for piece in pieces])
-            scales = torch.from_numpy(np.repeat(rows.narrow_scales[order], lookups)).to(self.residency.dtype)
-        one_bag_each = contiguous and len(tile_entries) == len(own)
-        up_bags = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        return GroupGather(
-            rows=torch.from_numpy(own),
-            first_row=int(own[0]) if contiguous else -1,
-            tile_rows=None if one_bag_each else torch.from_numpy(rows.narrow_rows[tile_entries]),
-            down_rows=self._row_numbers(downs),
-            down_bags=self._row_numbers(np.arange(len(tile_entries)) * in_features),
-            hidden=torch.from_numpy(hidden),
-            scales=scales,
-            up_rows=self._row_numbers(ups),
-            up_bags=self._row_numbers(up_bags),
-        )
-
-    def _row_numbers(self, numbers: np.ndarray) -> torch.Tensor:
-        small = len(self.residency.down_table) < INT32_ROWS
-        return torch.from_numpy(numbers.astype(np.int32 if small else np.int64))
-
-
-@dataclass(frozen=True, slots=True)
-class _Pattern:
-    """What the row numbers of one entry look like, up to where its image lies."""
-
-    num_tiles: int  # down bags
-    down_offset: np.ndarray  # [num_tiles * in_features]
-    up_part: np.ndarray  # [lookups] member of the group
-    up_offset: np.ndarray  # [lookups] row within the member's up block
-    hidden_offset: np.ndarray  # [lookups] hidden value within the entry
-    up_lengths: np.ndarray  # [up bags] lookups of each bag
-
-
-@lru_cache(maxsize=4096)
-def _pattern(ranks: tuple[int, ...], out_tiles: tuple[int, ...], in_features: int) -> _Pattern:
-    num_tiles = -(-sum(ranks) // DOWN_TILE)
-    firsts = np.cumsum((0, *ranks))[:-1]
-    lookups = [rank * tiles for rank, tiles in zip(ranks, out_tiles, strict=True)]
-    hidden = [first + np.tile(np.arange(rank), tiles)
-              for first, rank, tiles in zip(firsts, ranks, out_tiles, strict=True)]  # fmt: skip
-    return _Pattern(
-        num_tiles,
-        np.arange(num_tiles * in_features),
-        np.repeat(np.arange(len(ranks)), lookups),
-        np.concatenate([np.arange(number) for number in lookups]),
-        np.concatenate(hidden),
-        np.repeat(ranks, out_tiles),
-    )
 
 
 def _weighted_sums(table: torch.Tensor, rows: torch.Tensor, bags: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ class BatchBuilder:
         order = np.lexsort((slots, plan.counts >= WIDE_ROWS))  # narrow first, then by slot
         counts = plan.counts[order].astype(np.int64)
         starts = plan.starts[order].astype(np.int64)
-        rows, slots = plan.rows[order], slots[order].astype(np.int64)
+        rows, slots = plan.rows[order].astype(np.int64), slots[order].astype(np.int64)
         ends = np.cumsum(counts)
         firsts = ends - counts
         offsets = np.arange(ends[-1]) - np.repeat(firsts, counts)

@@ -58,7 +58,7 @@ class PoolReader:
             raise MalformedAdapter(f"{path.name} holds {num_bytes} bytes, the version says at most {room_bytes}.")
         target = self._pool[offset : offset + num_bytes]
         host = target if target.device.type == "cpu" else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        view = memoryview(host.numpy())
+        view = host.numpy().data
         _read_exactly(path, view, start)
         if zlib.crc32(view) != header["crc32"]:
             raise MalformedAdapter(f"{path.name} does not have the checksum that it was written with.")

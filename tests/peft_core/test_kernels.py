@@ -83,15 +83,14 @@ def slots_by_popularity(popularity: str, num_rows: int, num_adapters: int) -> np
 def compare(residency: Residency, rows: RowAdapters, dtype: torch.dtype) -> float:
     """Largest difference from the reference over all groups, relative to the largest output."""
     fast, reference = RowwiseKernels(residency), ReferenceKernels(residency)
-    plan, triples = fast.prepare(rows), reference.prepare(rows)
     worst = 0.0
     for group in residency.groups:
         generator = torch.Generator().manual_seed(5)
         x = torch.randn(rows.num_rows, group.in_features, generator=generator).to(dtype)
         y = torch.randn(rows.num_rows, sum(group.out_features), generator=generator).to(dtype)
         expected = y.float().clone()
-        reference.apply(group, x, expected, triples)
-        fast.apply(group, x, y, plan)
+        reference.apply(group, x, expected, reference.prepare(rows, is_head=group.is_head))
+        fast.apply(group, x, y, fast.prepare(rows, is_head=group.is_head))
         worst = max(worst, float((y.float() - expected).abs().max() / expected.abs().max()))
     return worst
 
