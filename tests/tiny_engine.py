@@ -130,7 +130,8 @@ def oracle_logits(oracle: Any, prompt: list[int], tokens: list[int]) -> np.ndarr
     ids = torch.tensor([prompt + tokens])
     with torch.inference_mode():
         logits = oracle(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return logits.double().numpy()
+    rows: np.ndarray = logits.double().numpy()
+    return rows
 
 
 def relative_error(answer: Answer, logits: np.ndarray) -> float:

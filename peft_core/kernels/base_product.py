@@ -42,8 +42,8 @@ class PackedProduct:
         return product
 
     def weight(self, member: int) -> torch.Tensor:
-        dense: torch.Tensor = self._packed.to_dense()
-        return dense.split(self._outs)[member]
+        members: tuple[torch.Tensor, ...] = self._packed.to_dense().split(self._outs)
+        return members[member]
 
     def bias(self, member: int) -> torch.Tensor | None:
         return _member_bias(self._bias, self._outs, member) if self._has_bias[member] else None

@@ -61,11 +61,11 @@ class BatchBuilder:
         self.cache, self.device = cache, device
 
     def build(self, plan: StepPlan, table: SequenceTable) -> StepBatch:
-        slots = table.slot[plan.rows]
+        slots = table.slot[plan.rows].astype(np.int64)
         order = np.lexsort((slots, plan.counts >= WIDE_ROWS))  # narrow first, then by slot
         counts = plan.counts[order].astype(np.int64)
         starts = plan.starts[order].astype(np.int64)
-        rows, slots = plan.rows[order].astype(np.int64), slots[order].astype(np.int64)
+        rows, slots = plan.rows[order].astype(np.int64), slots[order]
         ends = np.cumsum(counts)
         firsts = ends - counts
         offsets = np.arange(ends[-1]) - np.repeat(firsts, counts)
