@@ -31,9 +31,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="1 is off.")] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the first prompt, counting up. Default: drawn.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the first prompt, counting up. Default: drawn.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Begin each answer with its prompt.")] = False,
