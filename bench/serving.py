@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bench.conditions import conditions
 from bench.drive import requests_of
@@ -29,12 +30,19 @@ from bench.statistics import percentiles, ratio_of_pairs, spread
 from bench.workloads import AdapterShape, Arrival, Workload, mixed, s_lora
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
-from server.engine.request import EngineRequest
+from server.engine.request import AdapterTicket, EngineRequest
 
 PARTS = ("s_lora", "mixed", "direct")
 ATTAINED_S = 6.0  # S-LoRA's bound for the first token
 GOAL = 0.9  # of the engine's throughput
 NUM_STREAMS, NUM_ADAPTERS = 64, 16
+
+
+class Pair(NamedTuple):
+    """Output tokens a second."""
+
+    by_http: float
+    by_engine: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +144,12 @@ async def compare(arguments: argparse.Namespace, sizes: Sizes, report: Report) -
         client = await EngineClient.start(_engine_config(arguments, sizes))
         try:
             held = tickets(sizes.shape, sizes.streams(0).adapters, client.description, arguments.cache)
-            names = _names(sizes.streams(0))
             for number in range(-1, arguments.rounds):  # the first pair warms up and does not count
-                workload = sizes.streams(number + 1)
-                made = bodies(workload, names, sizes.shape.vocab)
-                requests = requests_of(workload, held, sizes.shape.vocab)
-                for way in ("HTTP", "engine") if number % 2 else ("engine", "HTTP"):
-                    progress(f"direct: pair {number + 1}/{arguments.rounds}, {way}")
-                    rate = await (
-                        _by_http(server.url, workload, made) if way == "HTTP" else _by_engine(client, requests)
-                    )
-                    if number >= 0:
-                        rates[way].append(rate)
+                progress(f"direct: pair {number + 1}/{arguments.rounds}")
+                pair = await _pair(sizes.streams(number + 1), server.url, client, held, swapped=bool(number % 2))
+                if number >= 0:
+                    rates["HTTP"].append(pair.by_http)
+                    rates["engine"].append(pair.by_engine)
         finally:
             await client.close()
     progress("")
@@ -159,6 +161,17 @@ async def compare(arguments: argparse.Namespace, sizes: Sizes, report: Report) -
     spreads = [spread(values) for values in rates.values()]
     lows, highs = [one.low for one in spreads], [one.high for one in spreads]
     return Series("output tokens/s", list(rates), [one.median for one in spreads], lows, highs)
+
+
+async def _pair(
+    workload: Workload, url: str, client: EngineClient, held: Sequence[AdapterTicket], *, swapped: bool
+) -> Pair:
+    vocab_size = client.description.vocab_size
+    made, requests = bodies(workload, _names(workload), vocab_size), requests_of(workload, held, vocab_size)
+    if swapped:
+        by_engine = await _by_engine(client, requests)
+        return Pair(await _by_http(url, workload, made), by_engine)
+    return Pair(await _by_http(url, workload, made), await _by_engine(client, requests))
 
 
 async def _by_http(url: str, workload: Workload, made: Sequence[bytes]) -> float:
