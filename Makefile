@@ -60,6 +60,7 @@ bench: $(SETUP_DEV) ## the benchmarks, on CPU; ARGS=--quick shows that they run,
 	$(PY) -m bench.versus_peft --dtype bfloat16 --json $(BENCH_RESULTS)/versus_peft_bfloat16.json $(ARGS)
 	$(PY) -m bench.mixed --json $(BENCH_RESULTS)/mixed.json $(ARGS)
 	$(PY) -m bench.host_time --json $(BENCH_RESULTS)/host_time.json $(ARGS)
+	$(PY) -m bench.step_profile --json $(BENCH_RESULTS)/step_profile.json $(ARGS)
 	$(PY) -m bench.registered --json $(BENCH_RESULTS)/registered.json $(ARGS)
 	$(PY) -m bench.serving --json $(BENCH_RESULTS)/serving.json $(ARGS)
 

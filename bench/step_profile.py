@@ -6,7 +6,6 @@ so shares are to be read, not milliseconds.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from torch.profiler import ProfilerActivity, profile

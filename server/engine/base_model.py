@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from peft_core.fingerprint import fingerprint_of_files
 from peft_core.spec import BaseModelSpec
@@ -53,6 +54,7 @@ def load_base_model(config: EngineConfig, progress: Callable[[str, float], None]
     text_config = model_config.get_text_config()
     refuse_unservable(text_config)
     progress("load weights", 0.0)
+    transformers_logging.disable_progress_bar()  # the stages are told by `progress`
     device = _device(config)
     model = AutoModelForCausalLM.from_pretrained(
         directory,
