@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from peft_core.errors import MalformedAdapter
@@ -24,7 +25,7 @@ from peft_core.forms import LinearDelta
 from peft_core.image import DTYPES, IMAGE_ALIGNMENT_BYTES, site_views
 from peft_core.sites import DOWN_TILE, SiteGroup
 
-BASE = -1  # the slot of rows that use no adapter
+Table = npt.NDArray[np.int64]
 
 
 class Residency:
@@ -47,10 +48,13 @@ class Residency:
         self.group_index = {group.leader: index for index, group in enumerate(self.groups)}
         parts = [len(group.paths) for group in self.groups]
         self.first_part = np.concatenate([[0], np.cumsum(parts)])[:-1]  # [groups]
-        self._num_parts = sum(parts)
+        self.tiles: Table = np.zeros((0, len(parts)), np.int64)  # [slots, groups]
+        self.down_row: Table = np.zeros((0, len(parts)), np.int64)  # [slots, groups]
+        self.rank: Table = np.zeros((0, sum(parts)), np.int64)  # [slots, parts]
+        self.up_row: Table = np.zeros((0, sum(parts)), np.int64)  # [slots, parts]
+        self.epochs: Table = np.zeros(0, np.int64)  # [slots]
         self._sites: dict[int, dict[str, tuple[dict[str, Any], int]]] = {}
         self._num_bytes: dict[int, int] = {}
-        self._allocate(0)
 
     @property
     def num_slots(self) -> int:
@@ -115,24 +119,10 @@ class Residency:
                 raise MalformedAdapter(f"the adapter image changes {site['leader']}, which this base does not have.")
 
     def _grow(self, num_slots: int) -> None:
-        if num_slots > self.num_slots:
-            self._allocate(max(num_slots, 2 * self.num_slots, 16))
-
-    def _allocate(self, num_slots: int) -> None:
-        shapes = {"tiles": len(self.groups), "down_row": len(self.groups), "rank": self._num_parts,
-                  "up_row": self._num_parts}  # fmt: skip
-        for name, width in shapes.items():
-            table = np.zeros((num_slots, width), np.int64)
-            if hasattr(self, name):
-                table[: len(getattr(self, name))] = getattr(self, name)
-            setattr(self, name, table)
-        epochs = np.zeros(num_slots, np.int64)
-        if hasattr(self, "epochs"):
-            epochs[: len(self.epochs)] = self.epochs
-        self.epochs = epochs
-
-    tiles: np.ndarray  # [slots, groups] int64
-    down_row: np.ndarray  # [slots, groups] int64
-    rank: np.ndarray  # [slots, parts] int64
-    up_row: np.ndarray  # [slots, parts] int64
-    epochs: np.ndarray  # [slots] int64
+        if num_slots <= self.num_slots:
+            return
+        more = max(num_slots, 2 * self.num_slots, 16) - self.num_slots
+        self.tiles, self.down_row, self.rank, self.up_row = (
+            np.pad(table, ((0, more), (0, 0))) for table in (self.tiles, self.down_row, self.rank, self.up_row)
+        )
+        self.epochs = np.pad(self.epochs, (0, more))
