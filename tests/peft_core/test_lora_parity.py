@@ -98,7 +98,7 @@ def test_a_decoded_adapter_equals_peft(arch: str, targets: str, scaling: str, se
 @pytest.mark.parametrize(("arch", "targets", "scaling", "selection"), CROSS_PRODUCT)
 def test_every_combination_equals_peft(arch: str, targets: str, scaling: str, selection: str, tmp_path: Path) -> None:
     options = lora_options(arch, targets, scaling, selection)
-    assert_equals_oracle(arch, make_lora(shared_model(arch), tmp_path, seed=6, **options))
+    assert_equals_oracle(arch, make_lora(shared_model(arch), tmp_path, seed=7, **options))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

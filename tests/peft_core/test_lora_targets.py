@@ -18,6 +18,7 @@ from peft_core.methods.targets import TargetRule, first_pattern, targeted_sites
 from tests.peft_core.adapter_files import LoadedTensors, SavedAdapter, load_adapter, shared_model, shared_spec
 from tests.tiny_models import SERVED_ARCHITECTURES, all_targets, make_lora, wrap
 
+MIXTURES = ("mixtral", "qwen3_moe")
 PATHS = [path for arch in SERVED_ARCHITECTURES for path, _ in shared_model(arch).named_modules() if path]
 ENDINGS = sorted({".".join(path.split(".")[-depth:]) for path in PATHS for depth in (1, 2, 3)})
 PATTERNS = [
@@ -99,9 +100,16 @@ def test_the_sites_of_a_rule_are_those_that_peft_wraps(arch: str) -> None:
     assert one_layer == wrapped_by_peft(arch, target_modules=[first], layers_to_transform=1)
     pattern = rf".*\.[12]\..*{first}"
     expected = wrapped_by_peft(arch, target_modules=pattern)
-    if arch in ("mixtral", "qwen3_moe"):  # here PEFT rewrites a pattern to the last names, and forgets the layers
+    if arch in MIXTURES:  # here PEFT rewrites a pattern to the last names, and forgets the layers
         expected = {path for path in expected if ".0." not in path}
     assert targeted_sites(TargetRule(pattern), spec) == expected
+
+
+@pytest.mark.parametrize("arch", [arch for arch in SERVED_ARCHITECTURES if arch not in MIXTURES])
+def test_all_linear_means_what_peft_takes_it_for(arch: str) -> None:
+    for word in ("all-linear", "ALL-Linear"):
+        sites = targeted_sites(TargetRule(word, exclude=r".*\.1\..*"), shared_spec(arch))
+        assert sites == wrapped_by_peft(arch, target_modules=word, exclude_modules=r".*\.1\..*")
 
 
 @pytest.fixture
@@ -170,7 +178,7 @@ def test_a_target_that_is_no_linear_is_refused(adapter: SavedAdapter, target: st
     assert target in str(error)
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("arch", MIXTURES)
 def test_experts_are_refused_by_name(arch: str, tmp_path: Path) -> None:
     config, tensors = load_adapter(make_lora(shared_model(arch), tmp_path, targets=["q_proj"]))
     header = LoadedTensors(tensors).header
@@ -182,7 +190,7 @@ def test_experts_are_refused_by_name(arch: str, tmp_path: Path) -> None:
     assert refusal.value.tensor == name
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("arch", MIXTURES)
 def test_all_linear_of_peft_reaches_into_experts_and_is_refused(arch: str, tmp_path: Path) -> None:
     config, tensors = load_adapter(make_lora(shared_model(arch), tmp_path, targets="all-linear"))
     with pytest.raises(UnsupportedAdapter) as refusal:
