@@ -25,7 +25,7 @@ EXAM_SEED = 7002
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
-_SCHEDULE = Schedule(num_steps=500, num_warmup_steps=20, score_every=50, target_score=0.995)
+_SCHEDULE = Schedule(num_steps=500, num_warmup_steps=20, score_every=50, target_score=0.99)
 
 
 @dataclass(frozen=True, slots=True)

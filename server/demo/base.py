@@ -1,16 +1,19 @@
 """The demo's base: a small Llama trained from nothing on the corpus.
 
 Hidden matrices are trained by Muon (orthogonalised momentum, Jordan 2024), everything
-else by AdamW; that reaches copying in about half of AdamW's steps. Trained in float32,
-stored in bfloat16 and scored as stored.
+else by AdamW. Trained in float32, stored in bfloat16 and scored as stored.
+
+Training goes in cycles. Each starts from what the one before has stored, so an interrupted
+training goes on with the first cycle that is missing.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from server.demo.batches import batches
 from server.demo.corpus import documents, questions
@@ -19,7 +22,10 @@ from server.demo.registers import PLAIN
 from server.demo.tokenizer import MAX_LENGTH, build_tokenizer, load_tokenizer
 
 BATCH_SIZE = 32
-SCHEDULE = Schedule(num_steps=1600, num_warmup_steps=80, score_every=100, target_score=0.995)
+CYCLES = (
+    Schedule(num_steps=1600, num_warmup_steps=80, score_every=100, target_score=0.995),
+    Schedule(num_steps=1600, num_warmup_steps=40, score_every=100, target_score=0.995, peak=0.5),
+)
 NUM_EXAM_QUESTIONS = 200
 EXAM_SEED = 7001
 
@@ -43,20 +49,35 @@ def base_config(vocab_size: int) -> LlamaConfig:
 
 
 def train_base(directory: Path, seed: int) -> float:
-    """Train tokenizer and base, write both to the directory, return the score as stored."""
-    directory.mkdir(parents=True, exist_ok=True)
-    wrapped = build_tokenizer(seed)
-    wrapped.save_pretrained(directory)
-    tokenizer = load_tokenizer(directory)
+    """Train tokenizer and base, write both to the directory, return the score as stored.
+
+    Every cycle's result is kept next to the directory, as `NAME-cycle-N`; the last one is copied into it.
+    """
+    done = [directory.with_name(f"{directory.name}-cycle-{number}") for number in range(1, len(CYCLES) + 1)]
+    score = 0.0
+    for number, (cycle, target) in enumerate(zip(CYCLES, done, strict=True)):
+        if not (target / "model.safetensors").is_file():
+            score = _train_cycle(cycle, target, done[number - 1] if number else None, seed + number)
+    shutil.copytree(done[-1], directory, dirs_exist_ok=True)
+    return score
+
+
+def _train_cycle(cycle: Schedule, target: Path, start: Path | None, seed: int) -> float:
+    """One cycle from `start`, or from nothing; writes `target`, returns the score as stored."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(base_config(len(wrapped)))
+    wrapped = build_tokenizer(seed) if start is None else PreTrainedTokenizerFast.from_pretrained(start)
+    wrapped.save_pretrained(target)
+    tokenizer = load_tokenizer(target)
+    if start is None:
+        model = LlamaForCausalLM(base_config(len(wrapped)))
+    else:
+        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     exam = exam_of(PLAIN, questions(EXAM_SEED, NUM_EXAM_QUESTIONS), tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    stream = batches(documents(seed), tokenizer, BATCH_SIZE, generator)
-    Fit("base", model, _optimizers(model), SCHEDULE).run(stream, exam)
+    stream = batches(documents(seed), tokenizer, BATCH_SIZE, torch.Generator().manual_seed(seed))
+    Fit("base", model, _optimizers(model), cycle).run(stream, exam)
     model.bfloat16()
     model.generation_config = GenerationConfig.from_dict({"eos_token_id": 0, "pad_token_id": 0})
-    model.save_pretrained(directory)
+    model.save_pretrained(target)
     return score_of(model, exam)
 
 

@@ -30,10 +30,11 @@ class Schedule:
     num_warmup_steps: int
     score_every: int
     target_score: float
+    peak: float = 1.0  # the factor after the warm-up
 
     def factor(self, step: int) -> float:
         """What the optimizers' own learning rates are multiplied by."""
-        return min(1.0, (step + 1) / self.num_warmup_steps) * (1.0 - step / self.num_steps)
+        return self.peak * min(1.0, (step + 1) / self.num_warmup_steps) * (1.0 - step / self.num_steps)
 
 
 class Fit:
