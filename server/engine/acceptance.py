@@ -5,13 +5,11 @@ Accepting is a promise: the request ends in exactly one of finished, aborted, fa
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
 from server.engine.errors import InvalidRequest, RequestTooLong
 from server.engine.limits import EngineLimits
 from server.engine.request import EngineRequest, SamplingParams
+
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 def check_request(request: EngineRequest, limits: EngineLimits) -> None:
@@ -22,10 +20,8 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
     """
     _check(bool(request.request_id), "request_id", request.request_id, "a text that is not empty")
     _check(len(request.token_ids) > 0, "token_ids", (), "at least one token")
-    token_ids = np.asarray(request.token_ids, dtype=np.int64)
-    worst = int(token_ids[(token_ids < 0) | (token_ids >= limits.vocab_size)][:1].sum())
-    in_range = bool(((token_ids >= 0) & (token_ids < limits.vocab_size)).all())
-    _check(in_range, "token_ids", worst, f"ids from 0 to {limits.vocab_size - 1}")
+    outside = next((token_id for token_id in request.token_ids if not 0 <= token_id < limits.vocab_size), None)
+    _check(outside is None, "token_ids", outside, f"ids from 0 to {limits.vocab_size - 1}")
     deadline_s = request.deadline_s
     _check(deadline_s is None or deadline_s > 0, "deadline_s", deadline_s, "more than 0 seconds, or none")
     _check_params(request.params, limits.vocab_size)
@@ -58,22 +54,31 @@ def _check_params(params: SamplingParams, vocab_size: int) -> None:
     _check(p.max_new_tokens >= 1, "max_new_tokens", p.max_new_tokens, "at least 1")
     new_range = f"0 to max_new_tokens ({p.max_new_tokens})"
     _check(0 <= p.min_new_tokens <= p.max_new_tokens, "min_new_tokens", p.min_new_tokens, new_range)
-    _check(math.isfinite(p.temperature) and p.temperature >= 0, "temperature", p.temperature, "0 or more, finite")
+    _check(
+        _is_float32(p.temperature) and p.temperature >= 0, "temperature", p.temperature, "0 or more, finite in float32"
+    )
     _check(p.top_k >= 0, "top_k", p.top_k, "0 (off) or more")
     _check(0 < p.top_p <= 1, "top_p", p.top_p, "more than 0, at most 1")
     _check(0 <= p.min_p <= 1, "min_p", p.min_p, "0 to 1")
     _check(0 < p.typical_p <= 1, "typical_p", p.typical_p, "more than 0, at most 1")
     repetition = p.repetition_penalty
-    _check(math.isfinite(repetition) and repetition > 0, "repetition_penalty", repetition, "more than 0, finite")
-    _check(math.isfinite(p.frequency_penalty), "frequency_penalty", p.frequency_penalty, "finite")
-    _check(math.isfinite(p.presence_penalty), "presence_penalty", p.presence_penalty, "finite")
+    _check(
+        _is_float32(repetition) and repetition > 0, "repetition_penalty", repetition, "more than 0, finite in float32"
+    )
+    _check(_is_float32(p.frequency_penalty), "frequency_penalty", p.frequency_penalty, "finite in float32")
+    _check(_is_float32(p.presence_penalty), "presence_penalty", p.presence_penalty, "finite in float32")
     for token_id, bias in p.logit_bias:
         _check(0 <= token_id < vocab_size, "logit_bias", token_id, f"ids from 0 to {vocab_size - 1}")
-        _check(math.isfinite(bias), "logit_bias", bias, "finite")
+        _check(_is_float32(bias), "logit_bias", bias, "finite in float32")
     for token_id in p.stop_token_ids:
         _check(0 <= token_id < vocab_size, "stop_token_ids", token_id, f"ids from 0 to {vocab_size - 1}")
     for name, count in (("num_logprobs", p.num_logprobs), ("num_prompt_logprobs", p.num_prompt_logprobs)):
         _check(count is None or 0 <= count <= vocab_size, name, count, f"0 to {vocab_size}, or none")
+
+
+def _is_float32(value: float) -> bool:
+    """Finite in the arithmetic of the sampler."""
+    return abs(value) <= _LARGEST_FLOAT32
 
 
 def _check(is_good: bool, name: str, value: object, expected: str) -> None:

@@ -51,11 +51,12 @@ _ROW = np.dtype(
     ]
 )
 
+_LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 _FLOATS_AT_ONCE = 1 << 20  # 4 MB of working logits: 32 rows of 32,000 tokens stay in the cache
 _CAST_ROWS_AT_ONCE = 16  # of bfloat16 and float16
 
 NOT_FINITE = "the model's logits are not finite (NaN or infinity); the adapter or the base produces broken numbers"
-NOTHING_LEFT = "logit bias and minimum length leave no token that could come next"
+NOTHING_LEFT = "logit bias, penalties and minimum length leave no token that could come next, or overflow its logit"
 
 
 class Sampled(NamedTuple):
@@ -77,6 +78,7 @@ class Sampler:
         device: torch.device,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
+        self._vocab_size = vocab_size
         self._rows = np.zeros(max_num_seqs, dtype=_ROW)
         self._edits = LogitEdits(max_num_seqs, vocab_size, max_model_len, eos_token_ids)
         self._slice_rows = max(1, _FLOATS_AT_ONCE // vocab_size) if device.type == "cpu" else max_num_seqs
@@ -92,8 +94,8 @@ class Sampler:
         entry["flags"] = (
             _DRAWS * (params.temperature > 0.0) | _IS_EDITED * is_edited | _REPORTS * (params.num_logprobs is not None)
         )
-        entry["temperature"] = params.temperature
-        entry["top_k"] = max(0, params.top_k)
+        entry["temperature"] = max(params.temperature, _LEAST_TEMPERATURE)  # below, only the best token has weight
+        entry["top_k"] = min(max(0, params.top_k), self._vocab_size)
         entry["top_p"] = params.top_p
         entry["min_p"] = params.min_p
         entry["typical_p"] = params.typical_p
@@ -140,7 +142,7 @@ class Sampler:
         """
         self._edits.apply_(logits, rows, table)
         best, token_ids = argmax(logits)
-        is_stuck = np.isneginf(best)
+        is_stuck = ~np.isfinite(best)
         token_ids[is_stuck] = 0
         params = self._rows[rows]
         drawn = np.flatnonzero((params["flags"] & _DRAWS).astype(np.bool_) & ~is_stuck)

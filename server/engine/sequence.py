@@ -160,7 +160,7 @@ class SequenceTable:
         self.num_blocks[row] = 0
         self.prompt_length[row] = sequence.prompt_length
         self.max_length[row] = sequence.max_length
-        self.min_length[row] = sequence.prompt_length + params.min_new_tokens
+        self.min_length[row] = min(sequence.prompt_length + params.min_new_tokens, sequence.max_length + 1)
         self.slot[row] = slot
         self.arrival[row] = sequence.arrival
         self.ends_at_eos[row] = not params.ignore_eos
