@@ -17,6 +17,7 @@ import functools
 import logging
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -107,7 +108,7 @@ class Catalog:
     def page(self, prefix: str = "", limit: int = 100, after: str = "") -> Page:
         """Up to `limit` adapters whose names begin with `prefix`, sorted by name, from behind `after`."""
         with self._reading:
-            names = self._index.names(prefix, after)
+            names = self._index.names(prefix, after, limit + 1)
             records = [self._index.record(name) for name in names[:limit]]
         return Page(records, names[limit - 1] if len(names) > limit else None)
 
@@ -119,6 +120,16 @@ class Catalog:
     @property
     def num_adapters(self) -> int:
         return self._index.num_adapters
+
+    def num_by_state(self) -> Counter[VersionState]:
+        """Names by the state of what each bare name means; costs nothing for names that have not changed."""
+        with self._reading:
+            return self._index.num_by_state()
+
+    def names_using(self, effect_digests: Iterable[str]) -> list[str]:
+        """Names, sorted, with a version of one of these effects."""
+        with self._reading:
+            return sorted(self._index.names_using(effect_digests))
 
     def files_of(self, version: AdapterVersion) -> Mapping[str, Path]:
         """Where the version's files lie: relative path -> blob. Readable as long as a lease is held."""
@@ -231,7 +242,7 @@ class Catalog:
 
     def _exists(self, name: str) -> bool:
         with self._reading:
-            return name in self._index.names(name, "")[:1]
+            return name in self._index.names(name, "", 1)
 
     def _keep_files(self, stage: Stage) -> None:
         for file in stage.files:

@@ -57,13 +57,16 @@ class Progress:
         self._stage = None
 
 
-def ready_lines(settings: Settings, adapters: list[str], port: int, total_s: float) -> list[str]:
-    """The last words of a start: what is served where, and three commands that work when pasted."""
+def ready_lines(settings: Settings, adapters: list[str], num_adapters: int, port: int, total_s: float) -> list[str]:
+    """The last words of a start: what is served where, and three commands that work when pasted.
+
+    `adapters` are names to show, one or two are enough; `num_adapters` is how many there are.
+    """
     host = "127.0.0.1" if settings.bind_host in ("0.0.0.0", "::", "") else settings.bind_host
     shown_host = f"[{host}]" if ":" in host else host
     scheme = "https" if settings.ssl_certfile else "http"
     url = f"{scheme}://{shown_host}:{port}"
-    count = f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}"
+    count = f"{num_adapters} adapter{'' if num_adapters == 1 else 's'}"
     lines = [f"Veneer serves {settings.base_name} with {count} on {url} (ready in {total_s:.1f} s)", ""]
     named = [("the base", "/generate", None), ("a stream", "/generate_stream", adapters[-1] if adapters else None)]
     if adapters:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from adapters_store.record import VersionState
 from server.api.app import create_app
 from server.api.service import Service
 from server.front.errors import CannotStart
@@ -95,8 +96,9 @@ async def _run(settings: Settings, listener: socket.socket) -> int:
     else:
         service.attach(front)
         port = listener.getsockname()[1]
-        names = [record.name for record in await front.library.list() if record.state == "ready"]
-        print("\n".join(ready_lines(settings, names, port, progress.total_s)), flush=True)
+        shown = [record.name for record in front.library.page(limit=2, state=VersionState.READY).records]
+        num_adapters = front.library.num_by_state()[VersionState.READY]
+        print("\n".join(ready_lines(settings, shown, num_adapters, port, progress.total_s)), flush=True)
         await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
         if not await service.drain(settings.graceful_timeout_s):
             log.warning("%d requests did not finish in time and are aborted", service.in_house)

@@ -14,6 +14,7 @@ A name may hold one slash, so the routes with a suffix stand before those withou
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import Annotated, Literal
 
@@ -37,12 +38,13 @@ from server.api.resources import (
     version_resource,
 )
 from server.api.service import Service
-from server.engine.errors import AdapterBusy
+from server.engine.errors import AdapterBusy, EngineUnavailable
 from server.front.front import Front
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 Name = Annotated[str, Path(description="`name` or `org/name`", max_length=300)]
 Drain = Annotated[float, Query(ge=0, le=3600, description="Seconds to wait for requests that use it.")]
+_EVICT_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 Number = Annotated[int, Path(ge=1, lt=10**9)]
 
 
@@ -79,19 +81,16 @@ async def list_adapters(
     """Adapters whose names begin with `prefix`, sorted by name."""
     front = _front(request)
     residents = await _residents(front)
-    records = [record for record in await front.library.list(prefix) if record.name > page_token]
-    if state is not None:
-        records = [record for record in records if record.state == state]
-    shown = [_adapter(front, record, residents) for record in records[:limit]]
-    return AdapterList(data=shown, next_page_token=shown[-1].name if len(records) > limit else None)
+    records, next_page_token = front.library.page(prefix, limit, page_token, state)
+    return AdapterList(data=[_adapter(front, record, residents) for record in records], next_page_token=next_page_token)
 
 
 @router.get("/cache", summary="Who is in device memory", responses=ADMIN)
 @admin
 async def show_cache(request: Request) -> CacheResource:
     front = _front(request)
+    residents = await front.engine.residency()
     stats = front.engine.stats()
-    records = await front.library.list()
     units = {
         "total": stats.num_units,
         "free": stats.units_free,
@@ -105,10 +104,10 @@ async def show_cache(request: Request) -> CacheResource:
         units=units,
         requests_running=stats.num_running,
         requests_waiting=stats.num_waiting,
-        leases=sum(front.library.catalog.leases.count(v.name, v.version) for r in records for v in r.versions),
+        leases=front.library.catalog.leases.total(),
         residents=[
             ResidentResource(adapter=one.name, state=str(one.state), bytes=one.num_bytes, pins=one.num_pins)
-            for one in await front.engine.residency()
+            for one in residents
         ],
     )
 
@@ -194,7 +193,11 @@ def _front(request: Request) -> Front:
 
 
 async def _residents(front: Front) -> Residents:
-    return Residents(await front.engine.residency())
+    """Who is on the device; nobody while the engine restarts, which is no reason to hide what is registered."""
+    try:
+        return Residents(await front.engine.residency())
+    except EngineUnavailable:
+        return Residents(())
 
 
 def _adapter(front: Front, record: AdapterRecord, residents: Residents) -> AdapterResource:
@@ -213,8 +216,22 @@ async def _delete(
     front = _front(request)
     gone = await front.library.delete(name, version, force=force, drain_timeout_s=drain_timeout_s)
     for item in gone.versions:
-        with contextlib.suppress(AdapterBusy):  # a request that still runs keeps it; it is evictable afterwards
+        try:
             await front.engine.evict(item.content.effect_digest)
+        except AdapterBusy:  # requests still run on it
+            request.app.state.service.keep(_evict_when_idle(front, item))
+        except EngineUnavailable:  # nothing is on the device now
+            break
     return DeletedResource(
         name=name, versions=[item.version for item in gone.versions], requests_left=gone.num_leases_left
     )
+
+
+async def _evict_when_idle(front: Front, version: AdapterVersion) -> None:
+    """The engine may need a few steps to see that the last request has left; after that it is evictable anyway."""
+    await front.library.drained(version)
+    for pause_s in _EVICT_PAUSES_S:
+        await asyncio.sleep(pause_s)
+        with contextlib.suppress(AdapterBusy):
+            await front.engine.evict(version.content.effect_digest)
+            return

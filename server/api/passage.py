@@ -49,7 +49,7 @@ class Passage:
             return await self._front.open(self.asked)
         except AdapterNotFound as error:
             assert self.asked.adapter is not None
-            near = await near_names(self._front.library, self.asked.adapter)
+            near = near_names(self._front.library, self.asked.adapter)
             if not near:
                 raise
             raise AdapterNotFound(f"{error} Did you mean {' or '.join(map(repr, near))}?") from None
@@ -87,10 +87,10 @@ class Passage:
         }
 
 
-async def near_names(library: Library, reference: str) -> list[str]:
+def near_names(library: Library, reference: str) -> list[str]:
     """Names of adapters that a mistyped reference may have meant, best first."""
     name = reference.partition("@")[0]
-    candidates = [record.name for record in await library.list(name[:1])][:_MAX_CANDIDATES]
+    candidates = [record.name for record in library.page(name[:1], _MAX_CANDIDATES).records]
     return difflib.get_close_matches(name, candidates, n=3)
 
 

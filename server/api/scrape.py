@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 from fastapi import Request, Response
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 
-from adapters_store.record import AdapterRecord
 from server.api.auth import guarded_router, public
 from server.api.exposition import EngineCollector, Snapshot
 from server.api.service import Service
@@ -43,22 +41,17 @@ async def _snapshot(service: Service) -> Snapshot | None:
     residents: list[ResidentAdapter] = []
     with contextlib.suppress(EngineUnavailable, TimeoutError):
         residents = await asyncio.wait_for(front.engine.residency(), _MAX_WAIT_S)
-    on_device = {adapter.key: adapter for adapter in residents if adapter.state is AdapterState.DEVICE}
-    records = await front.library.list()
+    on_device = [adapter for adapter in residents if adapter.state is AdapterState.DEVICE]
     return Snapshot(
         stats=front.engine.stats(),
         engine=front.engine.metrics,
         requests=front.metrics,
-        resident=tuple(record.name for record in records if _is_on_device(record, on_device)),
-        num_adapters=Counter(str(record.state) for record in records),
-        adapter_bytes=sum(adapter.num_bytes for adapter in on_device.values()),
+        resident=tuple(front.library.catalog.names_using(adapter.key for adapter in on_device)),
+        num_adapters={str(state): number for state, number in front.library.num_by_state().items()},
+        adapter_bytes=sum(adapter.num_bytes for adapter in on_device),
         block_size=front.engine.description.block_size,
         num_restarts=front.engine.num_restarts,
     )
-
-
-def _is_on_device(record: AdapterRecord, keys: Container[str]) -> bool:
-    return any(version.content.effect_digest in keys for version in record.versions)
 
 
 class _Once:

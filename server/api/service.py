@@ -11,10 +11,11 @@ byte, and a drain waits for it to fall to zero.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from server.api.auth import Gate
 from server.api.errors import NotReady, TooManyRequests
@@ -22,6 +23,7 @@ from server.api.metrics import DoorMetrics
 from server.front.front import Front
 from server.settings import Settings
 
+log = logging.getLogger("veneer.http")
 State = Literal["starting", "ready", "draining", "failed"]
 
 
@@ -39,6 +41,7 @@ class Service:
         self._front: Front | None = None
         self._empty = asyncio.Event()
         self._empty.set()
+        self._tasks: set[asyncio.Task[None]] = set()
         if front is not None:
             self.attach(front)
 
@@ -90,6 +93,17 @@ class Service:
             self.in_house -= 1
             if self.in_house == 0:
                 self._empty.set()
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something that outlives its request; it ends with the event loop at the latest."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("work in the background failed: %s", error)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new and wait for those in the house. True when all left in time."""

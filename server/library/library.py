@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from adapters_store.catalog import Catalog, Committed
+from adapters_store.catalog import Catalog, Committed, Page
 from adapters_store.errors import AdapterNotFound
 from adapters_store.images import StagedImage, StoredImage
 from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name, parse_reference
@@ -33,8 +34,8 @@ from server.library.shared_work import SharedWork
 from server.loader.errors import AdapterRefused
 from server.loader.job import Loader, Prepared, PrepareJob
 
+_CHUNK = 1000  # records looked at in one go where only some are wanted
 _IMAGE_FILE = "packed.image"  # in a stage; no adapter can hold a file of this name
-_PAGE = 1000
 
 
 class Deleted(NamedTuple):
@@ -211,18 +212,37 @@ class Library:
         """Names with at least one version."""
         return self.catalog.num_adapters
 
-    async def list(self, prefix: str = "") -> tuple[AdapterRecord, ...]:
-        """Every adapter whose name begins with `prefix`, sorted by name, failed directories included."""
-        records: dict[str, AdapterRecord] = {}
-        after: str | None = ""
-        while after is not None:
-            page = self.catalog.page(prefix, _PAGE, after)
-            records.update((record.name, record) for record in page.records)
-            after = page.next_after
+    def page(self, prefix: str = "", limit: int = 100, after: str = "", state: VersionState | None = None) -> Page:
+        """Up to `limit` adapters whose names begin with `prefix`, sorted, from behind `after`; failed directories too.
+
+        `state` keeps those whose bare name means a version in that state.
+        """
+        records: list[AdapterRecord] = []
+        next_after: str | None = after
+        while next_after is not None and len(records) < limit:
+            found, next_after = self._page(prefix, limit if state is None else _CHUNK, next_after)
+            records += [record for record in found if state in (None, record.state)]
+        if len(records) > limit:
+            return Page(records[:limit], records[limit - 1].name)
+        return Page(records, next_after)
+
+    def _page(self, prefix: str, limit: int, after: str) -> Page:
+        stored, next_after = self.catalog.page(prefix, limit, after)
+        records = {record.name: record for record in stored}
         for name, reason in self._registrar.failures.items():
-            if name.startswith(prefix):
+            is_here = name.startswith(prefix) and name > after and (next_after is None or name <= next_after)
+            if is_here:
                 records[name] = replace(records.get(name, AdapterRecord(name)), failure=reason)
-        return tuple(records[name] for name in sorted(records))
+        names = sorted(records)
+        if len(names) > limit:
+            next_after = names[limit - 1]
+        return Page([records[name] for name in names[:limit]], next_after)
+
+    def num_by_state(self) -> Counter[VersionState]:
+        """Adapters by the state of what each bare name means, failed directories included."""
+        numbers = self.catalog.num_by_state()
+        numbers[VersionState.FAILED] += sum(not self._registrar.versions(name) for name in self._registrar.failures)
+        return +numbers
 
     async def show(self, name: str) -> AdapterRecord:
         """One adapter. Raises AdapterNotFound."""
@@ -256,10 +276,11 @@ class Library:
             return Deleted([], 0)
         doomed = await asyncio.to_thread(functools.partial(self.catalog.delete, name, version, force=force))
         if drain_timeout_s > 0:
-            await asyncio.wait([asyncio.create_task(self._drained(item)) for item in doomed], timeout=drain_timeout_s)
+            await asyncio.wait([asyncio.create_task(self.drained(item)) for item in doomed], timeout=drain_timeout_s)
         return Deleted(doomed, sum(self.catalog.leases.count(name, item.version) for item in doomed))
 
-    async def _drained(self, version: AdapterVersion) -> None:
+    async def drained(self, version: AdapterVersion) -> None:
+        """Returns once nobody holds the version."""
         loop, idle = asyncio.get_running_loop(), asyncio.Event()
         wake = functools.partial(loop.call_soon_threadsafe, idle.set)
         self.catalog.leases.when_idle(version.name, version.version, wake)

@@ -136,6 +136,24 @@ def test_pages_are_sorted_and_complete(catalog: Catalog) -> None:
     assert catalog.num_adapters == 5
 
 
+def test_states_and_users_of_an_effect_are_counted_as_names_come_and_go(catalog: Catalog) -> None:
+    assert catalog.num_by_state() == {}
+    first = commit(catalog, "sql", 1).version
+    commit(catalog, "copy", 1)
+    second = commit(catalog, "sql", 2).version
+    effect = first.content.effect_digest
+    assert catalog.num_by_state() == {VersionState.READY: 2}
+    assert catalog.names_using([effect]) == ["copy", "sql"]
+    assert catalog.names_using([second.content.effect_digest, "sha256:nobody"]) == ["sql"]
+    catalog.mark(second, VersionState.FAILED, "damaged")
+    assert catalog.num_by_state() == {VersionState.READY: 1, VersionState.FAILED: 1}
+    catalog.set_alias("sql", "default", 1)
+    assert catalog.num_by_state() == {VersionState.READY: 2}
+    catalog.delete("sql")
+    assert catalog.num_by_state() == {VersionState.READY: 1}
+    assert catalog.names_using([effect]) == ["copy"]
+
+
 def test_a_deleted_version_is_gone_and_its_number_never_comes_back(catalog: Catalog, store: Path) -> None:
     commit(catalog, "sql", 1)
     commit(catalog, "sql", 2)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from adapters_store.staging import StageLimits
 from server.engine.description import EngineDescription
-from server.engine.errors import AdapterBusy, AdapterLoadFailed
+from server.engine.errors import AdapterBusy, AdapterLoadFailed, EngineUnavailable
 from server.engine.metrics import EngineMetrics, RequestMetrics
 from server.engine.request import AdapterState, AdapterTicket, ResidentAdapter
 from server.engine.stats import EngineStats
@@ -82,14 +82,17 @@ class FakeEngine:
         self.num_restarts = 0
         self.loaded: dict[str, ResidentAdapter] = {}
         self.busy: set[str] = set()
+        self.is_gone = False
 
     def stats(self) -> EngineStats:
         return EngineStats(num_units=64, units_free=64, total_adapter_evictions={"lru": 1})
 
     async def residency(self) -> list[ResidentAdapter]:
+        self._require()
         return list(self.loaded.values())
 
     async def load(self, ticket: AdapterTicket) -> AdapterState:
+        self._require()
         if ticket.name.startswith("broken"):
             raise AdapterLoadFailed(f'adapter "{ticket.name}" could not be loaded: its image is cut short')
         self.loaded[ticket.key] = ResidentAdapter(
@@ -98,9 +101,14 @@ class FakeEngine:
         return AdapterState.DEVICE
 
     async def evict(self, key: str) -> bool:
+        self._require()
         if key in self.busy:
             raise AdapterBusy("requests run on it; try again when they have ended")
         return self.loaded.pop(key, None) is not None
+
+    def _require(self) -> None:
+        if self.is_gone:
+            raise EngineUnavailable("the engine is restarting; try again shortly.")
 
 
 class FakeGeneration:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tests.api.conftest import Door, Visit
@@ -123,6 +125,41 @@ def test_an_adapter_in_use_is_not_evicted(visit: Visit) -> None:
         door.front.engine.busy |= set(door.front.engine.loaded)
         answer = await door.client.post("/admin/v1/adapters/pirate/unload")
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_in_use")
+
+    visit(test)
+
+
+def test_what_was_deleted_while_it_was_used_leaves_the_device_with_its_last_request(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        await door.upload("pirate")
+        await door.client.post("/admin/v1/adapters/pirate/load")
+        engine = door.front.engine
+        engine.busy |= set(engine.loaded)
+        lease = await door.front.library.resolve("pirate")
+        deleted = await door.client.delete("/admin/v1/adapters/pirate?drain_timeout_s=0")
+        assert deleted.json()["requests_left"] == 1
+        await asyncio.sleep(0.1)
+        assert engine.loaded, "it is used"
+        lease.release()
+        await asyncio.sleep(0.1)
+        assert engine.loaded, "the engine has not seen the end of the request yet"
+        engine.busy.clear()
+        await asyncio.sleep(0.5)
+        assert engine.loaded == {}
+
+    visit(test)
+
+
+def test_adapters_are_listed_and_deleted_while_the_engine_restarts(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        await door.upload("pirate")
+        await door.client.post("/admin/v1/adapters/pirate/load")
+        door.front.engine.is_gone = True
+        assert (await door.client.get("/metrics")).status_code == 200
+        listed = (await door.client.get("/admin/v1/adapters")).json()["data"]
+        assert listed[0]["versions"][0]["residency"]["device"] is None
+        assert (await door.client.post("/admin/v1/adapters/pirate/load")).status_code == 503
+        assert (await door.client.delete("/admin/v1/adapters/pirate")).json()["versions"] == [1]
 
     visit(test)
 

@@ -288,7 +288,7 @@ async def test_the_list_has_every_adapter_sorted(tmp_path: Path) -> None:
     async with open_library(tmp_path) as (library, _):
         for name in ("b", "org/a", "a"):
             await upload(library, name, make_files(1))
-        assert [record.name for record in await library.list()] == ["a", "b", "org/a"]
-        assert [record.name for record in await library.list("org/")] == ["org/a"]
+        assert [record.name for record in library.page().records] == ["a", "b", "org/a"]
+        assert [record.name for record in library.page("org/").records] == ["org/a"]
         with pytest.raises(AdapterNotFound):
             await library.show("c")

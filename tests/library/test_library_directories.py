@@ -94,7 +94,7 @@ async def test_bad_directories_are_listed_as_failed_and_stop_nothing(tmp_path: P
         assert sorted(result.failed) == ["bad name", "broken", "dora", "no-weights", "pickled"]
         assert "use_dora" in result.failed["dora"]
         assert "safe_serialization" in result.failed["pickled"]
-        records = {record.name: record for record in await library.list()}
+        records = {record.name: record for record in library.page().records}
         assert (records["dora"].state, records["dora"].reason) == (VersionState.FAILED, result.failed["dora"])
         assert records["sql"].state is VersionState.READY
         with pytest.raises(AdapterUnusable, match="use_dora"):
@@ -104,7 +104,7 @@ async def test_bad_directories_are_listed_as_failed_and_stop_nothing(tmp_path: P
         assert (await library.discover(adapters)).added == ["dora"]
         assert (await library.show("dora")).state is VersionState.READY
         await library.delete("broken")
-        assert "broken" not in {record.name for record in await library.list()}
+        assert "broken" not in {record.name for record in library.page().records}
 
 
 @in_a_loop
@@ -149,3 +149,25 @@ async def test_a_directory_that_is_none_is_refused(tmp_path: Path, adapters: Pat
             await library.discover(tmp_path / "nowhere")
         with pytest.raises(NotADirectory, match="itself"):
             await library.discover(adapters / "sql")
+
+
+@in_a_loop
+async def test_pages_hold_failed_directories_where_their_names_belong(tmp_path: Path, adapters: Path) -> None:
+    for name in ("a-broken", "z-broken"):
+        write_files(adapters / name, make_files(1) | {"adapter_model.safetensors": b"short"})
+    async with open_library(tmp_path / "store") as (library, _):
+        await library.discover(adapters)
+        for limit in (1, 2, 3, 4, 5):
+            seen: list[str] = []
+            after: str | None = ""
+            while after is not None:
+                page = library.page(limit=limit, after=after)
+                assert len(page.records) <= limit
+                seen += [record.name for record in page.records]
+                after = page.next_after
+            assert seen == ["a-broken", "org/poet", "sql", "z-broken"]
+        failed = library.page(limit=1, state=VersionState.FAILED)
+        assert ([record.name for record in failed.records], failed.next_after) == (["a-broken"], "a-broken")
+        rest = library.page(after="a-broken", state=VersionState.FAILED)
+        assert ([record.name for record in rest.records], rest.next_after) == (["z-broken"], None)
+        assert library.num_by_state() == {VersionState.READY: 2, VersionState.FAILED: 2}
