@@ -137,6 +137,11 @@ class Layout:
             )
 
 
+def check_store(root: Path) -> None:
+    """Opens the store for a moment, creating it if need be. Raises as `Layout`."""
+    Layout(root).close()
+
+
 def _json_files(directory: Path) -> Iterator[Path]:
     for entry in os.scandir(directory):
         if entry.name.endswith(".json"):

@@ -33,6 +33,7 @@ from server.front.text import TextDelta, TextRequest
 from server.front.tokenizer import TextTokenizer
 from server.library.errors import LibraryError
 from server.library.library import Library
+from server.loader.client import LoaderClient
 from server.loader.errors import LoaderError
 from server.settings import Settings
 
@@ -80,12 +81,15 @@ class Front:
 
     @classmethod
     async def _start(cls, settings: Settings, on_event: OnEvent, launch: Launch | None) -> Front:
+        await opening.check_paths(settings)
         async with AsyncExitStack() as started:
+            loader = await LoaderClient.launch()  # it imports what it needs while the base is loaded
+            started.push_async_callback(loader.close)
             tokenizer = asyncio.create_task(TextTokenizer.load(opening.model_of(settings), settings.revision))
             try:
                 engine = await EngineClient.start(opening.engine_config(settings), on_event=on_event, launch=launch)
                 started.push_async_callback(engine.close)
-                library = await opening.open_library(settings, engine.description)
+                library = await opening.open_library(settings, engine.description, loader)
                 started.push_async_callback(library.close)
                 await opening.register_adapters(library, settings, on_event)
                 front = cls(engine, library, await tokenizer, max_queued_requests=settings.max_queued_requests)

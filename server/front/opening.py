@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
 from adapters_store.errors import StoreError
+from adapters_store.layout import check_store
 from adapters_store.staging import StageLimits
 from server.demo import ADAPTERS_DIR, BASE_DIR
 from server.engine.client import LoadProgress, OnEvent
 from server.engine.config import EngineConfig
 from server.engine.description import EngineDescription
-from server.library.directory import AdapterDirectory
+from server.front.errors import CannotStart
+from server.front.tokenizer import require_tokenizer
+from server.library.directory import AdapterDirectory, find_directories
 from server.library.library import Library
 from server.loader.client import LoaderClient
 from server.loader.errors import LoaderError
@@ -43,15 +47,39 @@ def engine_config(settings: Settings) -> EngineConfig:
     )
 
 
-async def open_library(settings: Settings, description: EngineDescription) -> Library:
-    """Start the loader for this base and open the store. Raises StoreUnusable, LoaderUnavailable."""
+async def check_paths(settings: Settings) -> None:
+    """Refuse what cannot work before anything that takes seconds is started.
+
+    Raises:
+        CannotStart: the model is a path, and no model lies there, or no tokenizer.
+        NotADirectory: `adapters_dir` is none.
+        StoreUnusable: the store is in use, or is none.
+    """
+    _check_model(model_of(settings))
+    if settings.adapters_dir is not None:
+        await asyncio.to_thread(find_directories, settings.adapters_dir)
+    await asyncio.to_thread(check_store, settings.store_path)
+
+
+def _check_model(model: str) -> None:
+    """Anything that looks like a path must be a model's directory; the rest may be an id on the Hub."""
+    path = Path(model)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            require_tokenizer(path)
+            return
+        if (path / "adapter_config.json").is_file():
+            raise CannotStart(f"{model} is an adapter. Serve its base model, with --lora-modules NAME={model}.")
+        raise CannotStart(f"the directory {model} holds no model: config.json is missing.")
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise CannotStart(f"there is no directory {model}. MODEL is a directory, or an id like org/name on the Hub.")
+
+
+async def open_library(settings: Settings, description: EngineDescription, loader: LoaderClient) -> Library:
+    """Aim the loader at this base and open the store. Raises StoreUnusable, LoaderUnavailable."""
     limits = StageLimits(max_file_bytes=settings.max_upload_bytes, max_total_bytes=settings.max_upload_bytes)
-    loader = await LoaderClient.start(PackingTarget(description.spec, description.adapter_dtype))
-    try:
-        return await Library.open(settings.store_path, loader, limits=limits, max_rank=settings.max_lora_rank)
-    except BaseException:
-        await loader.close()
-        raise
+    await loader.aim(PackingTarget(description.spec, description.adapter_dtype))
+    return await Library.open(settings.store_path, loader, limits=limits, max_rank=settings.max_lora_rank)
 
 
 async def register_adapters(library: Library, settings: Settings, on_event: OnEvent) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from server.front.detokenizer import Detokenizer
 from server.front.errors import CannotStart, InvalidRequest, TemplateFailed
 
+_ADVICE = "It needs a tokenizer.json; AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes one."
 _LONG_TEXT_CHARS = 16_384  # longer ones are encoded on a thread, so that the event loop goes on
 
 
@@ -94,14 +96,17 @@ class TextTokenizer:
         return ids
 
 
+def require_tokenizer(directory: Path) -> None:
+    """Raises CannotStart if a model's directory has no tokenizer that can be loaded."""
+    if not (directory / "tokenizer.json").is_file():
+        raise CannotStart(f"no usable tokenizer in {directory}. {_ADVICE}")
+
+
 def _load(model: str, revision: str | None) -> TextTokenizer:
     from transformers import PreTrainedTokenizerFast  # takes a second, so only where a tokenizer is loaded
 
     try:
         loaded = PreTrainedTokenizerFast.from_pretrained(model, revision=revision or "main")
     except Exception as error:  # missing files, network, broken JSON: all of it ends in the same advice
-        raise CannotStart(
-            f"no usable tokenizer in {model!r} ({error}). It needs a tokenizer.json; "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes one."
-        ) from error
+        raise CannotStart(f"no usable tokenizer in {model} ({error}). {_ADVICE}") from error
     return TextTokenizer(loaded.backend_tokenizer, frozenset(loaded.all_special_ids), loaded)

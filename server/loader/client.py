@@ -1,6 +1,7 @@
 """The front's door to the loader process: one job at a time, a dead loader is started again.
 
-    loader = await LoaderClient.start(target)
+    loader = await LoaderClient.launch()          # the process begins to import what it needs
+    await loader.aim(target)                      # the base is known
     prepared = await loader.prepare(PrepareJob(files, image_path))
 
 A job whose loader dies fails with LoaderUnavailable (retryable) and the next job starts a new one. A job that takes
@@ -28,9 +29,9 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 class LoaderClient:
     """A `Loader` in a process of its own."""
 
-    def __init__(self, target: PackingTarget, job_timeout_s: float = JOB_TIMEOUT_S) -> None:
-        self.target = target
+    def __init__(self, job_timeout_s: float = JOB_TIMEOUT_S) -> None:
         self.num_starts = 0
+        self._target: PackingTarget | None = None
         self._job_timeout_s = job_timeout_s
         self._variant = ""
         self._line: _Line | None = None
@@ -38,15 +39,28 @@ class LoaderClient:
         self._is_closed = False
 
     @classmethod
-    async def start(cls, target: PackingTarget, job_timeout_s: float = JOB_TIMEOUT_S) -> LoaderClient:
-        """Raises LoaderUnavailable if the process does not come up."""
-        client = cls(target, job_timeout_s)
-        async with client._turn:
-            await client._open_line()
+    async def launch(cls, job_timeout_s: float = JOB_TIMEOUT_S) -> LoaderClient:
+        """Starts the process and does not wait for it; it takes jobs after `aim`."""
+        client = cls(job_timeout_s)
+        client._line = await _Line.open()
+        client.num_starts = 1
         return client
+
+    async def aim(self, target: PackingTarget) -> None:
+        """Say once what adapters are packed for. Raises LoaderUnavailable if the process has not come up."""
+        assert self._target is None, "a loader packs for one base"
+        self._target = target
+        async with self._turn:
+            await self._open_line()
+
+    @property
+    def target(self) -> PackingTarget:
+        assert self._target is not None, "the loader is aimed before it is used"
+        return self._target
 
     @property
     def variant(self) -> str:
+        assert self._variant, "the loader is aimed before it is used"
         return self._variant
 
     @property
@@ -87,12 +101,14 @@ class LoaderClient:
     async def _open_line(self) -> _Line:
         if self._is_closed:
             raise LoaderUnavailable("the loader is stopped; the server is shutting down.")
-        if self._line is not None and self._line.worker.channel.is_open:
-            return self._line
-        self._line = line = await _Line.open()
-        self.num_starts += 1
-        if self.num_starts > 1:
-            logger.warning("the loader process was started again")
+        line = self._line
+        if line is None or not line.worker.channel.is_open:
+            line = self._line = await _Line.open()
+            self.num_starts += 1
+            if self.num_starts > 1:
+                logger.warning("the loader process was started again")
+        if line.is_configured:
+            return line
         try:
             reply = await line.ask({"op": "configure", "target": asdict(self.target)}, START_TIMEOUT_S)
         except TimeoutError as error:
@@ -100,6 +116,7 @@ class LoaderClient:
         finally:
             await self._drop_line_unless_idle(line)
         self._variant = str(reply["variant"])
+        line.is_configured = True
         return line
 
     async def _drop_line_unless_idle(self, line: _Line) -> None:
@@ -117,6 +134,7 @@ class _Line:
     worker: Worker
 
     def __init__(self) -> None:
+        self.is_configured = False
         self._answer: asyncio.Future[Message] | None = None
         self._is_open = True
 

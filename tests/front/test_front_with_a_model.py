@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from server.engine.launch import in_process
+from adapters_store.layout import Layout
+from server.engine.launch import Launched, in_process
 from server.engine.request import SamplingParams
 from server.front.errors import CannotStart, FrontError
 from server.front.front import Front
@@ -100,6 +102,36 @@ def test_what_cannot_start_says_why(tmp_path: Path) -> None:
             await TextTokenizer.load(str(tmp_path))
 
     asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_wrong_paths_are_refused_before_anything_is_started(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    (tmp_path / "mute").mkdir()
+    (tmp_path / "mute" / "config.json").write_text("{}")
+    used = Layout(tmp_path / "used")
+
+    async def refuse(match: str, **settings: Any) -> None:
+        async def launch(*_: Any) -> Launched:
+            raise AssertionError("the engine was started")
+
+        with pytest.raises(CannotStart, match=match):
+            await Front.start(Settings(**{"store_dir": store, **settings}), launch=launch)
+
+    async def scene() -> None:
+        await refuse("there is no directory /nowhere/llama", model="/nowhere/llama")
+        await refuse("there is no directory ./llama", model="./llama")
+        await refuse("config.json is missing", model=str(tmp_path))
+        await refuse(r"tokenizer\.json", model=str(tmp_path / "mute"))
+        await refuse("is an adapter", model=str(adapters_dir / "sql"))
+        await refuse("does not exist", model=str(model_dir), adapters_dir=tmp_path / "none")
+        await refuse("open in another process", model=str(model_dir), store_dir=tmp_path / "used")
+        with pytest.raises(AssertionError, match="was started"):
+            await refuse("nothing is wrong here", model=str(model_dir))
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    used.close()
 
 
 def test_the_generate_command_answers_lines_and_tells_failures_by_its_status(

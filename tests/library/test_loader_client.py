@@ -20,8 +20,9 @@ Scenario = Callable[[LoaderClient], Awaitable[None]]
 
 def with_loader(scenario: Scenario, job_timeout_s: float = 60.0) -> None:
     async def run() -> None:
-        loader = await LoaderClient.start(make_target(), job_timeout_s)
+        loader = await LoaderClient.launch(job_timeout_s)
         try:
+            await loader.aim(make_target())
             await scenario(loader)
         finally:
             await loader.close()
@@ -94,10 +95,24 @@ def test_a_check_that_never_ends_is_given_up(tmp_path: Path) -> None:
 
 def test_a_closed_loader_says_so(tmp_path: Path) -> None:
     async def run() -> None:
-        loader = LoaderClient(make_target())
+        loader = LoaderClient()
         await loader.close()
         await loader.close()
         with pytest.raises(LoaderUnavailable, match="shutting down"):
             await loader.prepare(make_job(tmp_path / "late"))
 
     asyncio.run(run())
+
+
+def test_a_loader_that_dies_while_it_comes_up_is_told_when_it_is_aimed() -> None:
+    async def run() -> None:
+        loader = await LoaderClient.launch()
+        try:
+            assert loader.process_id is not None, "it comes up while the base is still loading"
+            os.kill(loader.process_id, signal.SIGKILL)
+            with pytest.raises(LoaderUnavailable):
+                await loader.aim(make_target())
+        finally:
+            await loader.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
