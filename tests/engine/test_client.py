@@ -305,3 +305,17 @@ def is_there(pid: int | None) -> bool:
 def cpu_seconds(pid: int | None) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_threads_of_the_engine_sleep_while_they_wait_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(pid: int | None) -> list[bytes]:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+    async def environment() -> list[bytes]:
+        async with engine() as client:
+            return read(client.pid)
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert b"OMP_WAIT_POLICY=passive" in asyncio.run(environment())
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert b"OMP_WAIT_POLICY=active" in asyncio.run(environment())
