@@ -16,7 +16,6 @@ import typer
 
 from server import cli_adapters, cli_generate
 from server.flags import SettingsError, changed, read_settings, show
-from server.generate_command import generate
 from server.version import VERSION
 
 USAGE_ERROR = 2
@@ -33,7 +32,6 @@ config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(cli_adapters.app, name="adapters")
 app.add_typer(config_app, name="config")
 app.command()(cli_generate.generate)
-app.command()(generate)
 
 
 def main() -> None:

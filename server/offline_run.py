@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import ValidationError
+
 from adapters_store.errors import StoreError
 from server.demo import ADAPTER_NAMES
 from server.engine.request import SamplingParams
@@ -125,8 +127,10 @@ def _settings(options: OfflineOptions, store_dir: Path, modules: tuple[LoraModul
             max_queued_requests=options.max_num_seqs * _PROMPTS_PER_SLOT,
             **options.engine,
         )
-    except ValueError as error:
-        raise BadOptions(str(error)) from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        flag = "--" + str(problem["loc"][0]).replace("_", "-")
+        raise BadOptions(f"{flag} is {problem['input']!r}: {problem['msg']}.") from error
 
 
 def _read(options: OfflineOptions, defaults: Defaults, opened: ExitStack) -> Iterator[Asked]:

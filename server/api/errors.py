@@ -200,6 +200,9 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     status = 422 if error.status_code == 400 else error.status_code
     error_type = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(status, "validation")
     message = str(error.detail)
+    if status == 405:
+        allowed = (error.headers or {}).get("allow", "another method")
+        message = f"{request.method} is no method of {request.url.path[:200]}; it takes {allowed}"
     if status == 404:
         message = f"no route {request.method} {request.url.path[:200]}; see /docs for those there are"
     return _refuse(request, Explanation(status, error_type, message, error_type, error.headers or {}))
@@ -217,6 +220,8 @@ def _problem(problem: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"] if part != "body")
     if not where:
         return f"the body: {problem['msg']}; send a JSON object with Content-Type: application/json"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field `{where[:120]}`; see /docs for those there are"
     given = repr(problem.get("input"))
     shown = given if len(given) <= 80 else given[:80] + "..."
     return f"`{where[:120]}`: {problem['msg'].removeprefix('Value error, ')[:200]} (given: {shown})"

@@ -27,6 +27,12 @@ def _is_text(value: str) -> str:
     return value
 
 
+def _is_prompt(value: str) -> str:
+    if not value:
+        raise ValueError("the prompt is empty; it must hold at least one character")
+    return _is_text(value)
+
+
 def _is_stop(value: str) -> str:
     if not value:
         raise ValueError("an empty stop string would end every answer at once; leave it out")
@@ -34,6 +40,7 @@ def _is_stop(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_is_text)]
+Prompt = Annotated[str, AfterValidator(_is_prompt), Field(json_schema_extra={"minLength": 1})]
 StopText = Annotated[str, AfterValidator(_is_stop)]
 Name = Annotated[Text, Field(max_length=300)]
 
@@ -91,7 +98,7 @@ class GenerateRequest(BaseModel):
         },
     )
 
-    inputs: Annotated[Text, Field(min_length=1)] = Field(description="The prompt.")
+    inputs: Prompt = Field(description="The prompt.")
     adapter: Name | None = Field(None, description="`name`, `name@alias` or `name@version`; null is the base model.")
     adapter_id: Name | None = Field(None, description="The same as `adapter`.")
     stream: bool | None = Field(None, description="Answer with server-sent events, one a token.")

@@ -157,8 +157,11 @@ class Received:
             self._metadata = UploadMetadata.model_validate_json(bytes(self._metadata_bytes))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise _invalid(f"metadata{'.' if where else ''}{where}: {problem['msg']}") from None
+            where = ".".join(str(part) for part in ("metadata", *problem["loc"]))
+            if problem["type"] == "extra_forbidden":
+                known = ", ".join(UploadMetadata.model_fields)
+                raise _invalid(f"unknown field `{where}`; there are {known}") from None
+            raise _invalid(f"{where}: {problem['msg']}") from None
         self.aliases = self._metadata.aliases  # a bad name is refused here, before any file is taken
 
     def _end(self) -> None:
