@@ -2,7 +2,8 @@
 
 On CPU the weight is kept in oneDNN's blocked layout (the operators that torch's own compiler
 emits), which reads it about twice as fast as a plain `linear` on few rows and gives a row the same
-bits whatever the number of rows. Where those operators are missing, and on other devices, the
+bits whatever the number of rows; of a single row it sums long inputs (float32, above 1024) in another
+order, so such a row is computed twice. Where those operators are missing, and on other devices, the
 product is plain. Modules that are not exactly a linear layer (quantised ones) stay black boxes.
 """
 
@@ -36,10 +37,20 @@ class PackedProduct:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(tuple(weights)).contiguous(), None)
         self._bias = _stack_biases(weights, biases)
         self._has_bias = [bias is not None for bias in biases]
+        self._is_single_row_odd = self._sums_a_single_row_differently(weights[0])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._is_single_row_odd and len(x) == 1:
+            return self._product(x.expand(2, -1))[:1]
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return product
+
+    def _sums_a_single_row_differently(self, weight: torch.Tensor) -> bool:
+        rows = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        return not torch.equal(self._product(rows[:1]), self._product(rows)[:1])
 
     def weight(self, member: int) -> torch.Tensor:
         members: tuple[torch.Tensor, ...] = self._packed.to_dense().split(self._outs)
