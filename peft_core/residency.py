@@ -73,7 +73,7 @@ class Residency:
         """Give the image at `offset_bytes` of the pool the number `slot`.
 
         Raises:
-            MalformedAdapter: the image was packed for another base, dtype or tiling.
+            MalformedAdapter: the image was packed for another base, dtype or tiling, or is damaged; nothing is changed.
         """
         assert slot not in self._num_bytes, f"slot {slot} is taken"
         assert offset_bytes % IMAGE_ALIGNMENT_BYTES == 0
@@ -114,9 +114,26 @@ class Residency:
                 raise MalformedAdapter(
                     f"the adapter image was packed with {name} {header[name]}, this engine runs {ours}. Pack it again."
                 )
+        num_elements = header["num_bytes"] // self.dtype.itemsize
         for site in header["sites"]:
-            if site["leader"] not in self.group_index:
+            index = self.group_index.get(site["leader"])
+            if index is None:
                 raise MalformedAdapter(f"the adapter image changes {site['leader']}, which this base does not have.")
+            if not self._fits(site, self.groups[index], num_elements):
+                raise MalformedAdapter(
+                    f"the adapter image's part for {site['leader']} does not have this base's sizes, or reaches beyond "
+                    "the image: it is damaged, or was packed for another base. Pack it again."
+                )
+
+    def _fits(self, site: Mapping[str, Any], group: SiteGroup, num_elements: int) -> bool:
+        """Whether every row that the site's descriptors lead to lies within the image."""
+        tiles, ranks, ups = site["tiles"], site["ranks"], site["ups"]
+        if not len(ranks) == len(ups) == len(group.paths) or min(ranks) < 0 or tiles != -(-sum(ranks) // DOWN_TILE):
+            return False
+        parts = [(site["down"], tiles * group.in_features * DOWN_TILE, DOWN_TILE)]
+        for out, rank, up in zip(group.out_features, ranks, ups, strict=True):
+            parts.append((up, -(-out // self.tile) * rank * self.tile, self.tile))
+        return all(0 <= first <= num_elements - size and first % row == 0 for first, size, row in parts)
 
     def _grow(self, num_slots: int) -> None:
         if num_slots <= self.num_slots:

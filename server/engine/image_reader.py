@@ -48,8 +48,10 @@ class PoolReader:
             try:
                 header = self._read(Path(ticket.image_path), offset, room_bytes)
                 self._done.append(ImageRead(ticket.key, header, None))
-            except (AdapterError, OSError) as error:
-                self._done.append(ImageRead(ticket.key, None, f'adapter "{ticket.name}" could not be loaded: {error}'))
+            except Exception as error:  # whatever it is that breaks: others wait for this thread
+                is_told = isinstance(error, AdapterError | OSError)
+                reason = str(error) if is_told else f"{type(error).__name__}: {error}"
+                self._done.append(ImageRead(ticket.key, None, f'adapter "{ticket.name}" could not be loaded: {reason}'))
 
     def _read(self, path: Path, offset: int, room_bytes: int) -> dict[str, object]:
         header, start = read_header(path)

@@ -40,6 +40,9 @@ def broken_copy(house: House, damage: str) -> AdapterTicket:
     target = source.with_name(f"{damage}.img")
     header, start = read_header(source)
     content = bytearray(source.read_bytes())
+    length_at = content.index(b'"num_bytes"')
+    if damage == "KeyError":
+        content[length_at : length_at + 11] = b'"num_bytez"'
     if damage == "truncated":
         del content[start + header["num_bytes"] // 2 :]
     elif damage == "flipped bit":
@@ -64,7 +67,7 @@ def run_beside(house: House, broken: AdapterTicket) -> dict[str, Answer]:
     return {name: answer for name, answer in answers.items() if name.startswith("sick")}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "no image"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "no image", "KeyError"])
 def test_a_damaged_image_fails_its_own_requests_only(house: House, damage: str) -> None:
     for answer in run_beside(house, broken_copy(house, damage)).values():
         assert answer.finish is FinishReason.FAILED
