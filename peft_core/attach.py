@@ -9,17 +9,14 @@ from peft_core.layers import ActiveBatch, AdaptedLinear, GroupProduct
 from peft_core.sites import SiteGroup
 
 
-def attach(model: Any, groups: tuple[SiteGroup, ...], active: ActiveBatch) -> list[GroupProduct]:
+def attach(model: Any, groups: tuple[SiteGroup, ...], active: ActiveBatch) -> None:
     """Put an `AdaptedLinear` at every site of `groups`; weights are repacked and the originals dropped.
 
-    `groups` come from the traced spec of this very model. Returns the products in their order.
+    `groups` come from the traced spec of this very model.
     """
-    products = []
     for group in groups:
         modules = [model.get_submodule(path) for path in group.paths]
         product = GroupProduct(group, base_product(modules), active)
         for index, path in enumerate(group.paths):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, AdaptedLinear(product, index))
-        products.append(product)
-    return products

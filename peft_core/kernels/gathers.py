@@ -90,7 +90,8 @@ class GatherBuilder:
 
     def __init__(self, residency: Residency, *, is_head: bool) -> None:
         self.residency = residency
-        self.dtype = torch.int32 if len(residency.down_table) < INT32_ROWS else torch.int64
+        num_rows = max(len(residency.down_table), len(residency.up_table))
+        self.dtype = torch.int32 if num_rows < INT32_ROWS else torch.int64
         self._groups = [
             (index, group_shape(group, residency.tile), int(first))
             for index, (group, first) in enumerate(zip(residency.groups, residency.first_part, strict=True))

@@ -65,6 +65,7 @@ class RowwiseKernels:
         kept = self._kept.get(is_head)
         if kept is None or kept[0] != key:
             self.num_plans_built += 1
+            self._kept.pop(is_head, None)  # the build overwrites its buffers, also if it fails half-way
             self._kept[is_head] = kept = (key, self._builders[is_head].build(rows))
         return RowwisePlan(kept[1], rows.wide)
 

@@ -12,6 +12,7 @@ from peft_core.batch import RowAdapters, Segment
 from peft_core.errors import MalformedAdapter
 from peft_core.forms import AdapterForms, LinearDelta
 from peft_core.image import IMAGE_ALIGNMENT_BYTES, pack, unpack
+from peft_core.kernels.gathers import GatherBuilder
 from peft_core.kernels.reference import ReferenceKernels
 from peft_core.kernels.rowwise import RowwiseKernels
 from peft_core.residency import Residency
@@ -173,6 +174,30 @@ def test_plans_are_kept_until_the_members_or_the_slot_change() -> None:
     residency.bind(1, image.header, 1024)
     kernels.prepare(rows)
     assert kernels.num_plans_built == 2
+
+
+def test_a_plan_that_could_not_be_built_takes_the_kept_one_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would lie in the same buffers: memory that runs out half-way must not mix up who is who."""
+    residency = bench([make_forms(8, seed) for seed in range(4)]).residency
+    kernels, fresh = RowwiseKernels(residency), RowwiseKernels(residency)
+    kept = RowAdapters(2, np.arange(2), np.array([0, 1]), np.ones(2, np.float32))
+    other = RowAdapters(2, np.arange(2), np.array([2, 3]), np.ones(2, np.float32))
+    kernels.prepare(kept)
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GatherBuilder, "_scales", fails)
+        with pytest.raises(MemoryError):
+            kernels.prepare(other)
+    group, x = residency.groups[0], torch.ones(2, 48)
+    mine, expected = torch.zeros(2, 128), torch.zeros(2, 128)
+    kernels.apply(group, x, mine, kernels.prepare(kept))
+    fresh.apply(group, x, expected, fresh.prepare(kept))
+    assert torch.equal(mine, expected)
+    fresh.apply(group, x, expected.zero_(), fresh.prepare(other))  # negative control
+    assert not torch.equal(mine, expected)
 
 
 def test_resident_bytes_come_back() -> None:

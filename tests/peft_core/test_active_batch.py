@@ -1,0 +1,58 @@
+"""The step's adapters are there for one forward pass and gone after it, whatever happens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from peft_core.batch import AdapterBatch, RowAdapters
+from peft_core.layers import ActiveBatch
+from peft_core.sites import SiteGroup
+
+GROUP = SiteGroup(("a",), 4, (4,))
+
+
+class CountingKernels:
+    """Adds one to every row; the first `num_failures` preparations run out of memory."""
+
+    def __init__(self, num_failures: int = 0) -> None:
+        self.num_failures = num_failures
+
+    def prepare(self, rows: RowAdapters, *, is_head: bool = False) -> Any:
+        if self.num_failures:
+            self.num_failures -= 1
+            raise MemoryError
+
+    def apply(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, prepared: Any) -> None:
+        y += 1
+
+
+def batch() -> AdapterBatch:
+    rows = RowAdapters(2, np.arange(2), np.zeros(2, np.int64), np.ones(2, np.float32))
+    return AdapterBatch(rows, rows)
+
+
+def test_outside_of_a_step_nothing_is_added() -> None:
+    active, x, y = ActiveBatch(CountingKernels()), torch.zeros(2, 4), torch.zeros(2, 4)
+    with active.use(batch()):
+        active.add_to(GROUP, x, y)
+    active.add_to(GROUP, x, y)
+    assert torch.equal(y, torch.ones(2, 4))
+
+
+def test_a_step_that_could_not_be_prepared_is_followed_by_good_ones() -> None:
+    active, y = ActiveBatch(CountingKernels(num_failures=1)), torch.zeros(2, 4)
+    with pytest.raises(MemoryError), active.use(batch()):
+        pass
+    with active.use(batch()):
+        active.add_to(GROUP, torch.zeros(2, 4), y)
+    assert torch.equal(y, torch.ones(2, 4))
+
+
+def test_one_forward_pass_at_a_time() -> None:
+    active = ActiveBatch(CountingKernels())
+    with active.use(batch()), pytest.raises(AssertionError, match="one forward pass"), active.use(batch()):
+        pass
