@@ -3,7 +3,8 @@
 The model is a black box, so nothing is assumed from names: siblings that were handed the very
 same tensor, one after another, may be computed as one product; a linear that was not called
 exactly once with all rows of the step (a router's expert, a branch not taken) cannot take
-adapters, because its rows are not the step's rows.
+adapters, because its rows are not the step's rows; nor can one that returns anything but its product
+(some routers are subclasses of linear layers).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from peft_core.kernels.base_product import can_stack
 from peft_core.spec import BaseModelSpec
 
-NUM_TRACED_TOKENS = 5
+NUM_TRACED_TOKENS = 24  # so many that no expert gets all of them by chance
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class _Calls:
     """Linear calls in order; inputs are kept alive, so that an identity is never reused."""
 
     order: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    odd: set[str] = field(default_factory=set)  # those that did not return [..., out_features]
 
     def inputs(self, path: str) -> list[torch.Tensor]:
         return [tensor for called, tensor in self.order if called == path]
@@ -40,10 +42,11 @@ def traced_spec(model: Any, spec: BaseModelSpec) -> BaseModelSpec:
     modules = dict(model.named_modules())
     linear = [path for path, site in spec.sites.items() if site.kind in ("linear", "head")]
     calls = _Calls()
-    with _watched({path: modules[path] for path in linear}, calls), torch.inference_mode():
+    widths = {path: spec.sites[path].out_features for path in linear}
+    with _watched(modules, widths, calls), torch.inference_mode():
         tokens = torch.arange(NUM_TRACED_TOKENS, device=model.device)[None] % spec.vocab_size
         model(input_ids=tokens, use_cache=False)
-    unreachable = {path for path in linear if not _sees_every_row(calls.inputs(path))}
+    unreachable = calls.odd | {path for path in linear if not _sees_every_row(calls.inputs(path))}
     return replace(
         spec,
         sites={path: site for path, site in spec.sites.items() if path not in unreachable},
@@ -53,11 +56,18 @@ def traced_spec(model: Any, spec: BaseModelSpec) -> BaseModelSpec:
 
 
 @contextmanager
-def _watched(modules: dict[str, nn.Module], calls: _Calls) -> Iterator[None]:
-    def watch(path: str) -> Any:
-        return lambda module, args: calls.order.append((path, args[0]))
+def _watched(modules: dict[str, nn.Module], widths: dict[str, int], calls: _Calls) -> Iterator[None]:
+    """`widths`: path of each module to watch -> its out_features."""
 
-    hooks = [module.register_forward_pre_hook(watch(path)) for path, module in modules.items()]
+    def watch(path: str) -> Any:
+        def look(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+            calls.order.append((path, args[0]))
+            if not isinstance(output, torch.Tensor) or output.shape != (*args[0].shape[:-1], widths[path]):
+                calls.odd.add(path)
+
+        return look
+
+    hooks = [modules[path].register_forward_hook(watch(path)) for path in widths]
     try:
         yield
     finally:

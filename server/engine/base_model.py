@@ -67,11 +67,12 @@ def load_base_model(config: EngineConfig, progress: Callable[[str, float], None]
         raise EngineStartError(_no_attention_interface(text_config.model_type))
     progress("trace", 0.0)
     spec = BaseModelSpec.from_model(model, fingerprint_of_files(directory), name=config.model)
+    max_length = max_model_len(text_config, config.max_model_len)
     return BaseModel(
         model,
         traced_spec(model, spec),
-        probe_kv_shape(model, config.block_size),
-        max_model_len(text_config, config.max_model_len),
+        probe_kv_shape(model, config.block_size, max_length),
+        max_length,
         _eos_token_ids(directory, text_config),
     )
 
@@ -149,12 +150,13 @@ def _device(config: EngineConfig) -> torch.device:
 
 
 def _eos_token_ids(directory: Path, text_config: Any) -> tuple[int, ...]:
-    given = text_config.eos_token_id
+    """Those that the model can say: some configurations name tokens outside of the vocabulary, or -1 for none."""
+    given = getattr(text_config, "eos_token_id", None)
     if (directory / "generation_config.json").exists():
-        given = GenerationConfig.from_pretrained(directory).eos_token_id or given
-    if given is None:
-        return ()
-    return tuple(given) if isinstance(given, list | tuple) else (int(given),)
+        own = GenerationConfig.from_pretrained(directory).eos_token_id
+        given = given if own is None else own
+    ids = given if isinstance(given, list | tuple) else [given]
+    return tuple(token for token in ids if token is not None and 0 <= token < text_config.vocab_size)
 
 
 def _no_attention_interface(model_type: str) -> str:

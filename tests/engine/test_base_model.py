@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from server.engine import paged_attention as paged_module
 from server.engine import self_check as self_check_module
@@ -16,6 +17,7 @@ from server.engine.assembly import build_engine
 from server.engine.base_model import max_model_len, refuse_unservable
 from server.engine.config import EngineConfig
 from server.engine.errors import EngineStartError
+from server.engine.model_runner import ModelRunner
 from server.engine.paged_attention import UnknownAttentionArgument, paged_attention
 from tests.tiny_engine import Ask, TinyEngine
 from tests.tiny_models import REFUSED_ARCHITECTURES, make_model, random_prompt
@@ -42,7 +44,7 @@ def test_a_model_that_claims_support_and_does_not_call_it_is_refused(
     model = make_model("bloom")
     monkeypatch.setattr(type(model), "_supports_attention_backend", True)
     with pytest.raises(EngineStartError, match="layers that attend"):
-        build(model, tmp_path)
+        build(model, tmp_path, max_model_len=64)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -114,6 +116,42 @@ def test_the_self_check_counts_a_call_per_layer(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(paged_module._Call, "write", twice)
     with pytest.raises(EngineStartError, match="exactly once"):
         build(make_model("llama"), tmp_path)
+
+
+def test_the_self_check_refuses_logits_that_are_not_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ModelRunner.forward
+
+    def broken(self: Any, batch: Any) -> torch.Tensor:
+        logits = original(self, batch)
+        logits[-1, 7] = torch.nan
+        return logits
+
+    monkeypatch.setattr(ModelRunner, "forward", broken)
+    with pytest.raises(EngineStartError, match="by nan"):
+        build(make_model("llama"), tmp_path)
+
+
+def test_a_sliding_window_that_attention_is_not_told_of_is_refused(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(
+        "qwen2_moe", vocab_size=256, eos_token_id=None, use_sliding_window=True, sliding_window=32, **experts, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with pytest.raises(EngineStartError, match=r"slides over 32 tokens in layers \[0\]"):
+        build(model, tmp_path / "long")
+    build(model, tmp_path / "short", max_model_len=32)  # the window cannot matter
+
+
+@pytest.mark.parametrize(("given", "kept"), [(50256, ()), (-1, ()), ([7, 300, -1], (7,)), (0, (0,))])
+def test_ends_of_sequence_outside_of_the_vocabulary_end_nothing(given: Any, kept: Any, tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": given}))
+    config = EngineConfig(model=str(tmp_path / "base"), pool_bytes=8 << 20, num_threads=1)
+    assert build_engine(config, lambda stage, fraction: None)[1].eos_token_ids == kept
 
 
 @pytest.mark.parametrize(
