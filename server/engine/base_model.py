@@ -7,6 +7,7 @@ what would be served wrongly is refused here, with a sentence that says why.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -50,18 +52,20 @@ def load_base_model(config: EngineConfig, progress: Callable[[str, float], None]
     """
     progress("find model", 0.0)
     directory = _find(config)
-    model_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    with _told_as_start_error(directory):
+        model_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     text_config = model_config.get_text_config()
     refuse_unservable(text_config)
     progress("load weights", 0.0)
     transformers_logging.disable_progress_bar()  # the stages are told by `progress`
     device = _device(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype="auto" if config.dtype == "auto" else DTYPES[config.dtype],
-        attn_implementation="eager",
-        trust_remote_code=False,
-    )
+    with _told_as_start_error(directory):
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype="auto" if config.dtype == "auto" else DTYPES[config.dtype],
+            attn_implementation="eager",
+            trust_remote_code=False,
+        )
     model = model.to(device).eval().requires_grad_(False)
     if not model._supports_attention_backend:
         raise EngineStartError(_no_attention_interface(text_config.model_type))
@@ -75,6 +79,14 @@ def load_base_model(config: EngineConfig, progress: Callable[[str, float], None]
         max_length,
         _eos_token_ids(directory, text_config),
     )
+
+
+@contextmanager
+def _told_as_start_error(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise EngineStartError(f"the model in {directory} cannot be read: {error}") from error
 
 
 def refuse_unservable(text_config: Any) -> None:

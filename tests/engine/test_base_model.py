@@ -82,6 +82,21 @@ def test_a_missing_model_is_told_in_a_sentence() -> None:
         build_engine(EngineConfig(model="/nowhere/at all"), lambda stage, fraction: None)
 
 
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_model_that_cannot_be_read_is_told_in_a_sentence(missing: str, tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(EngineStartError, match="cannot be read"):
+        build_engine(EngineConfig(model=str(tmp_path)), lambda stage, fraction: None)
+
+
+def test_damaged_weights_are_told_in_a_sentence(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(EngineStartError, match="cannot be read"):
+        build_engine(EngineConfig(model=str(tmp_path)), lambda stage, fraction: None)
+
+
 def test_a_pool_too_small_to_be_useful_is_refused(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path / "base")
     with pytest.raises(EngineStartError, match="--pool-bytes"):
