@@ -98,14 +98,26 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+_DESCRIPTION = """Serve one frozen base model and any number of adapters on it.
+
+  veneer serve                                       the small built-in base with its adapters
+  veneer serve ./llama --adapters-dir ./adapters     a model on this machine, every adapter below a directory
+  veneer serve org/model --lora-modules sql=./sql    a model from the Hub, one adapter by name
+
+Requests name an adapter, or none for the base. The last lines of the start are commands to try."""
+_EPILOG = f"""Every flag is also {ENV_PREFIX}<NAME> in the environment (lists: comma-separated) and <name> in the
+--config file. The command line wins over the environment, the environment over the file. `veneer config show` tells
+what holds and why; `veneer adapters --help` is how adapters are added while the server runs."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """`veneer serve`'s parser: one group a heading, nothing taken unless it is given."""
     parser = _Parser(
         prog="veneer serve",
         usage="veneer serve [MODEL] [flags]",
-        description="Serve one frozen base model and any number of adapters on it.",
-        epilog=f"Every flag is also {ENV_PREFIX}<NAME> in the environment (lists: comma-separated) and <name> in the "
-        "--config file. The command line wins over the environment, the environment over the file.",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -136,7 +148,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _add_flag(section: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
     spellings = _spellings(name, field)
-    text = _help_text(field)
+    text = _help_text(name, field)
     if field.annotation is bool:
         section.add_argument(*spellings, dest=name, action=argparse.BooleanOptionalAction, help=text)
     elif name in _MANY_AFTER_ONE_FLAG:
@@ -147,7 +159,9 @@ def _add_flag(section: argparse._ArgumentGroup, name: str, field: FieldInfo) -> 
         section.add_argument(*spellings, dest=name, metavar=_metavar(field), help=text)
 
 
-def _help_text(field: FieldInfo) -> str:
+def _help_text(name: str, field: FieldInfo) -> str:
+    if name == "model":
+        return "The same as MODEL."
     text = (field.description or "").replace("%", "%%")
     if field.default in (None, (), "") or (field.annotation is bool and not field.default):
         return text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -25,6 +26,7 @@ from server.front.front import Front
 from server.progress import Progress, ready_lines
 from server.settings import Settings
 
+STOPPED_AT_ONCE = 1
 STARTUP_FAILED = 3
 _BACKLOG = 2048
 log = logging.getLogger("veneer.serve")
@@ -36,6 +38,8 @@ def serve(settings: Settings) -> int:
     if settings.log_level == "info":  # what uvicorn says of starting and stopping is said better here
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
     _allow_many_connections()
+    if not (settings.is_loopback or settings.api_key):
+        log.warning("no API key is set: whoever reaches %s may generate. Set one with --api-key.", settings.bind_host)
     try:
         listener = listen(settings.bind_host, settings.port)
     except OSError as error:
@@ -77,7 +81,7 @@ async def _run(settings: Settings, listener: socket.socket) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop, server)
+        loop.add_signal_handler(number, _on_signal, stop)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     progress = Progress(sys.stderr)
     starting = asyncio.create_task(_start(settings, progress))
@@ -100,6 +104,7 @@ async def _run(settings: Settings, listener: socket.socket) -> int:
         num_adapters = front.library.num_by_state()[VersionState.READY]
         print("\n".join(ready_lines(settings, shown, num_adapters, port, progress.total_s)), flush=True)
         await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
+        log.info("stopping; requests in the house: %d, they get %g s", service.in_house, settings.graceful_timeout_s)
         if not await service.drain(settings.graceful_timeout_s):
             log.warning("%d requests did not finish in time and are aborted", service.in_house)
         await front.close()
@@ -110,10 +115,10 @@ async def _run(settings: Settings, listener: socket.socket) -> int:
         await asyncio.gather(stopping, serving, return_exceptions=True)
 
 
-def _on_signal(stop: asyncio.Event, server: uvicorn.Server) -> None:
+def _on_signal(stop: asyncio.Event) -> None:
     if stop.is_set():
-        server.force_exit = True
-        raise SystemExit(1)
+        print("veneer: a second signal; stopping at once", file=sys.stderr, flush=True)
+        os._exit(STOPPED_AT_ONCE)  # the workers end when their channel does, the store is crash-safe
     stop.set()
 
 

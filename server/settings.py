@@ -119,6 +119,7 @@ class Settings(BaseModel):
         "Network",
         "Address to listen on. Default: 0.0.0.0 when an API key is set, else 127.0.0.1, so that a server "
         "without a key is never open to the network by accident.",
+        metavar="ADDRESS",
     )
     port: int = _setting(8000, "Network", "Port to listen on; 0 takes a free one and prints it.", ge=0, le=65535)
     root_path: str = _setting("", "Network", "Path prefix that a proxy in front of the server strips.")
@@ -262,11 +263,7 @@ class Settings(BaseModel):
     def bind_host(self) -> str:
         if self.host is not None:
             return self.host
-        return "0.0.0.0" if self.has_keys else "127.0.0.1"
-
-    @property
-    def has_keys(self) -> bool:
-        return bool(self.api_key or self.admin_api_key)
+        return "0.0.0.0" if self.api_key else "127.0.0.1"
 
     @property
     def is_loopback(self) -> bool:

@@ -97,6 +97,7 @@ def test_a_wrong_key_value_is_not_repeated_in_the_error(tmp_path: Path) -> None:
 def test_the_address_is_open_only_when_a_key_guards_it() -> None:
     assert Settings().bind_host == "127.0.0.1"
     assert read_settings(["--api-key", "k"], {}).settings.bind_host == "0.0.0.0"
+    assert read_settings(["--admin-api-key", "k"], {}).settings.bind_host == "127.0.0.1", "anybody may generate"
     assert Settings(host="0.0.0.0").is_loopback is False
     assert Settings(host="127.0.0.2").is_loopback is True
 

@@ -52,6 +52,41 @@ def test_sigterm_lets_streams_finish_and_takes_no_new_ones(model: ServedModel, t
         assert "boss" not in server.output, "keys are never printed"
 
 
+def test_a_second_signal_ends_the_server_and_its_workers_at_once(model: ServedModel, tmp_path: Path) -> None:
+    arguments = [str(model.base), "--store-dir", str(tmp_path / "store"), "--pool-bytes", "64M", "--host", "0.0.0.0"]
+    with RunningServer(tmp_path, arguments) as server:
+        assert "no API key is set" in server.output
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        workers = children_of(server.process.pid)
+        assert len(workers) == 2
+        body = {"inputs": "once", "parameters": {"max_new_tokens": 1500}}
+        with httpx.stream("POST", url + "/generate_stream", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()  # kept: the connection closes with it
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert server.process.poll() is None, "the stream has time to finish"
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(5) == 1
+        deadline_s = time.monotonic() + 10
+        while any(is_running(pid) for pid in workers) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert not any(is_running(pid) for pid in workers)
+        assert "Traceback" not in server.output
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and no zombie that somebody else has yet to reap."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
