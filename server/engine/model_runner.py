@@ -70,14 +70,10 @@ class ModelRunner:
 
     def _sample(self, plan: StepPlan, table: SequenceTable, batch: StepBatch, logits: torch.Tensor) -> StepResult:
         head = batch.head
-        back = np.argsort(head.sample_entries)  # from step order to plan order
-        entries = head.sample_entries[back]
-        chosen = logits[: head.num_samples]
-        if (back != np.arange(len(back))).any():
-            chosen = chosen[torch.from_numpy(back).to(self.device)]
-        sampled = self.sampler.sample(chosen, plan.rows[entries], table)
+        entries = head.sample_entries  # plan index of each sampled row, in step order
+        sampled = self.sampler.sample(logits[: head.num_samples], plan.rows[entries], table)
         return StepResult(
-            token_ids=sampled.token_ids,
+            token_ids=sampled.token_ids[np.argsort(entries)],
             logprobs={int(entries[index]): record for index, record in sampled.logprobs.items()},
             prompt_logprobs=_judge(plan, table, batch, logits[head.num_samples :]),
             failed={int(entries[index]): reason for index, reason in sampled.failed.items()},
