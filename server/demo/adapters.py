@@ -46,7 +46,7 @@ def trainings() -> dict[str, Training]:
         r=16,
         lora_alpha=8,
         use_rslora=True,
-        target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
+        target_modules=["v_proj", "o_proj", *MLP],
         task_type="CAUSAL_LM",
     )
     french = LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=ATTENTION + MLP, task_type="CAUSAL_LM")

@@ -24,7 +24,7 @@ from server.demo.tokenizer import MAX_LENGTH, build_tokenizer, load_tokenizer
 BATCH_SIZE = 32
 CYCLES = (
     Schedule(num_steps=1600, num_warmup_steps=80, score_every=100, target_score=0.995),
-    Schedule(num_steps=1600, num_warmup_steps=40, score_every=100, target_score=0.995, peak=0.5),
+    Schedule(num_steps=800, num_warmup_steps=20, score_every=100, target_score=0.995, peak=0.5),
 )
 NUM_EXAM_QUESTIONS = 200
 EXAM_SEED = 7001
