@@ -307,7 +307,7 @@ def cpu_seconds(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_threads_of_the_engine_sleep_while_they_wait_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_the_engine_do_not_spin_for_ever_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(pid: int | None) -> list[bytes]:
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
@@ -315,7 +315,7 @@ def test_threads_of_the_engine_sleep_while_they_wait_unless_told_otherwise(monke
         async with engine() as client:
             return read(client.pid)
 
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert b"OMP_WAIT_POLICY=passive" in asyncio.run(environment())
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert b"OMP_WAIT_POLICY=active" in asyncio.run(environment())
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert b"GOMP_SPINCOUNT=20000" in asyncio.run(environment())
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert b"GOMP_SPINCOUNT=7" in asyncio.run(environment())
