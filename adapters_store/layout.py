@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_store.durable import make_directory, read_json, remove, remove_tree, write_json
-from adapters_store.errors import StoreBusy, StoreDamaged
+from adapters_store.errors import StoreBusy, StoreDamaged, StoreUnusable
 from adapters_store.record import SCHEMA
 
 _MARKER = "store.json"
@@ -36,14 +36,16 @@ class Layout:
 
         Raises:
             StoreBusy: another process (or another Catalog of this one) has it open.
-            StoreDamaged: it was written by a newer program, or is a directory of something else.
+            StoreDamaged: it was written by a newer program, or is something else than a store.
+            StoreUnusable: it cannot be made, read or written.
         """
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
-        foreign = {entry.name for entry in os.scandir(root)} - {_MARKER, _LOCK, f"{_MARKER}.tmp"}
-        if foreign and not (root / _MARKER).exists():
-            raise StoreDamaged(f"{root} is not empty and no adapter store. Choose an empty or a new directory.")
-        self._lock = _hold(root / _LOCK)
+        try:
+            self._lock = _enter(root)
+        except OSError as error:
+            raise StoreUnusable(
+                f"{root} cannot be used as an adapter store: {error.strerror}. Choose a directory that can be written."
+            ) from error
         try:
             self._check_schema()
             for path in (self.versions, self.aliases, self.tombstones, self.blobs, self.images, self.staging):
@@ -148,6 +150,15 @@ def _json_files(directory: Path) -> Iterator[Path]:
             yield Path(entry.path)
         elif entry.name.endswith(".tmp"):
             remove(Path(entry.path))
+
+
+def _enter(root: Path) -> int:
+    """The lock of a directory that is a store or can become one."""
+    root.mkdir(parents=True, exist_ok=True)
+    foreign = {entry.name for entry in os.scandir(root)} - {_MARKER, _LOCK, f"{_MARKER}.tmp"}
+    if foreign and not (root / _MARKER).exists():
+        raise StoreDamaged(f"{root} is not empty and no adapter store. Choose an empty or a new directory.")
+    return _hold(root / _LOCK)
 
 
 def _hold(path: Path) -> int:

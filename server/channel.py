@@ -254,7 +254,8 @@ class Worker:
         try:
             return await asyncio.wait_for(self.process.wait(), timeout_s)
         except TimeoutError:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                self.process.kill()
             return await self.process.wait()
 
 

@@ -201,7 +201,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     error_type = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(status, "validation")
     message = str(error.detail)
     if status == 405:
-        allowed = (error.headers or {}).get("allow", "another method")
+        allowed = (error.headers or {}).get("Allow", "another method")
         message = f"{request.method} is no method of {request.url.path[:200]}; it takes {allowed}"
     if status == 404:
         message = f"no route {request.method} {request.url.path[:200]}; see /docs for those there are"

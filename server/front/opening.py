@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 from pathlib import Path
 
 from adapters_store.errors import StoreError
@@ -21,8 +21,6 @@ from server.loader.client import LoaderClient
 from server.loader.errors import LoaderError
 from server.loader.job import PackingTarget
 from server.settings import Settings
-
-_log = logging.getLogger(__name__)
 
 
 def model_of(settings: Settings) -> str:
@@ -100,7 +98,5 @@ async def register_adapters(library: Library, settings: Settings, on_event: OnEv
     if adapters_dir is not None:
         await library.discover(adapters_dir, tell)
     for module in settings.lora_modules:
-        try:
+        with contextlib.suppress(StoreError, LoaderError, OSError):  # the library logs and remembers it
             await library.register(AdapterDirectory(module.name, Path(module.path)))
-        except (StoreError, LoaderError, OSError) as error:
-            _log.warning("adapter %r in %s cannot be served: %s", module.name, module.path, error)

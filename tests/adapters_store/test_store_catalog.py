@@ -275,21 +275,6 @@ def test_a_store_is_open_once(catalog: Catalog, store: Path) -> None:
     Catalog(store, BASE).close()
 
 
-def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(StoreDamaged, match="not empty"):
-        Catalog(tmp_path, BASE)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_store_of_a_newer_program_is_refused(catalog: Catalog, store: Path) -> None:
-    catalog.close()
-    (store / "store.json").write_text('{"schema": 99}')
-    for _ in range(2):  # the refusal lets go of the lock
-        with pytest.raises(StoreDamaged, match="schema 99"):
-            Catalog(store, BASE)
-
-
 def test_a_version_reads_back_as_it_was_written(catalog: Catalog) -> None:
     version = commit(catalog, "org/sql", 1).version
     assert AdapterVersion.from_json(version.to_json()) == version

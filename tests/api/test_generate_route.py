@@ -323,3 +323,17 @@ def test_error_bodies_never_repeat_half_characters(visit: Visit) -> None:
         assert answer.json()["error"]
 
     visit(test)
+
+
+def test_refusals_of_a_whole_request_say_what_to_do(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        empty = await door.generate("")
+        assert (empty.status_code, "the prompt is empty" in empty.json()["error"]) == (422, True)
+        wrong = await door.client.put("/generate", json={"inputs": "x"})
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+        assert wrong.json() == {
+            "error": "PUT is no method of /generate; it takes POST",
+            "error_type": "method_not_allowed",
+        }
+
+    visit(test)

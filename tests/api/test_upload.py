@@ -137,3 +137,13 @@ def test_bytes_of_uploads_are_counted(visit: Visit) -> None:
         )
 
     visit(test)
+
+
+def test_an_unknown_field_of_the_metadata_is_named(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        answer = await door.upload("pirate", alais="prod")
+        assert answer.status_code == 422
+        assert "unknown field `metadata.alais`; there are name, alias," in answer.json()["error"]["message"]
+        assert door.leftovers() == []
+
+    visit(test)

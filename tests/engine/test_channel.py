@@ -12,12 +12,23 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.channel import MAX_FRAME_BYTES, BadFrame, ChannelClosed, FrameDecoder, Worker, WorkerChannel, encode, spawn
+from server.channel import (
+    MAX_FRAME_BYTES,
+    AsyncChannel,
+    BadFrame,
+    ChannelClosed,
+    FrameDecoder,
+    Worker,
+    WorkerChannel,
+    encode,
+    spawn,
+)
 
 ECHO = """
 import sys
@@ -177,3 +188,26 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_worker_that_ends_just_before_it_is_killed_is_no_error() -> None:
+    class Ending:
+        """Ends in the moment between the end of the wait and the kill."""
+
+        def __init__(self) -> None:
+            self.waits = 0
+
+        async def wait(self) -> int:
+            self.waits += 1
+            if self.waits == 1:
+                raise TimeoutError
+            return 7
+
+        def kill(self) -> None:
+            raise ProcessLookupError
+
+    async def scene() -> None:
+        worker = Worker(cast(Any, Ending()), AsyncChannel(lambda message: None, lambda: None))
+        assert await worker.close(0.1) == 7
+
+    asyncio.run(scene())
