@@ -1,34 +1,56 @@
-"""The lines of /metrics that the tour shows, and what they mean in one clause each."""
+"""The part of /metrics that the tour shows: each family on one line, with its meaning.
+
+Running example: three samples of one family become
+    ReadOut("veneer_adapter_requests_total", "json 15, pirate 12, shout 15", "requests by adapter")
+"""
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
+_SAMPLE = re.compile(r"(?P<family>[a-zA-Z_:]\w*(?::\w+)?)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class Explained(NamedTuple):
+    meaning: str
+    label: str | None = None  # the label that tells the family's samples apart
+    is_told_by_label: bool = False  # the label's value is the news, and the number is not
+
+
 EXPLAINED = {
-    "veneer_generation_tokens_total": "tokens generated for everyone",
-    "veneer_steps_total": "forward passes they took: many sequences share a step",
-    "veneer_prefix_cache_hits_total": "prompt tokens that did not have to be computed again",
-    "veneer_adapter_device_loads_total": "times an adapter was brought to the device",
-    "veneer_adapter_evictions_total": "times one left it, and why",
-    "veneer_adapter_cache_bytes": "bytes that adapters hold there now",
-    "veneer_adapter_requests_total": "requests of each adapter, by outcome",
-    "vllm:lora_requests_info": "what routers read to send a request where its adapter is",
+    "veneer_generation_tokens_total": Explained("tokens generated for everyone"),
+    "veneer_steps_total": Explained("forward passes, shared by all adapters"),
+    "veneer_prefix_cache_hits_total": Explained("prompt tokens found in the cache"),
+    "veneer_adapter_requests_total": Explained("requests by adapter", "adapter"),
+    "veneer_adapter_device_loads_total": Explained("times an adapter was brought in"),
+    "veneer_adapter_evictions_total": Explained("times one left it, by reason", "reason"),
+    "veneer_adapter_cache_bytes": Explained("bytes that adapters hold now"),
+    "vllm:lora_requests_info": Explained("resident now, for routers", "running_lora_adapters", True),
 }
 
 
-class Sample(NamedTuple):
+class ReadOut(NamedTuple):
     family: str
-    name: str  # with labels
     value: str
+    meaning: str
 
 
-def samples(text: str) -> list[Sample]:
-    """The explained samples of one scrape, in the order of EXPLAINED."""
-    found: list[Sample] = []
+def read_out(text: str) -> list[ReadOut]:
+    """The explained families that a scrape holds, in the order of EXPLAINED."""
+    found: dict[str, list[str]] = {}
     for line in text.splitlines():
-        name, _, value = line.rpartition(" ")
-        family = name.partition("{")[0]
-        if family in EXPLAINED:
-            found.append(Sample(family, name, f"{float(value):,.0f}"))
-    order = list(EXPLAINED)
-    return sorted(found, key=lambda sample: order.index(sample.family))
+        sample = _SAMPLE.fullmatch(line)
+        if sample is not None and sample["family"] in EXPLAINED:
+            found.setdefault(sample["family"], []).append(_told(sample))
+    return [ReadOut(name, ", ".join(found[name]), one.meaning) for name, one in EXPLAINED.items() if name in found]
+
+
+def _told(sample: re.Match[str]) -> str:
+    explained = EXPLAINED[sample["family"]]
+    number = f"{float(sample['value']):,.0f}"
+    if explained.label is None:
+        return number
+    label = dict(_LABEL.findall(sample["labels"] or "")).get(explained.label, "")
+    return label if explained.is_told_by_label else f"{label} {number}"

@@ -23,7 +23,7 @@ from rich.table import Table
 from server.demo import ADAPTER_NAMES, ADAPTERS_DIR, BASE_DIR, EXAMPLE_PROMPT
 from server.demo.household import Household, ServerFailed
 from server.demo.readers import Pace, Readers
-from server.demo.scrape import EXPLAINED, samples
+from server.demo.scrape import read_out
 from server.demo.visitor import Refused, Visitor
 
 GUEST = "french"  # the adapter that is not there at first
@@ -125,10 +125,8 @@ class Tour:
 
     def count(self) -> None:
         self._head("5", "What /metrics says about all this")
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for sample in samples(self._visitor.metrics()):
-            table.add_row(f"[bold]{sample.value}[/]", escape(sample.name), f"[dim]{EXPLAINED[sample.family]}[/]")
-        self._console.print(table)
+        for family, value, meaning in read_out(self._visitor.metrics()):
+            self._say(f"  [bold]{escape(value)}[/]  {escape(meaning)}  [dim]{escape(family)}[/]")
 
     def _head(self, number: str, text: str) -> None:
         self._console.print(f"\n[bold reverse] {number} [/] [bold]{escape(text)}[/]\n", highlight=False)
