@@ -3,7 +3,7 @@
 loading the base          0.84 s
 self-check                0.12 s
 adapters                  0.31 s
-Veneer serves veneer-demo with 4 adapters on http://127.0.0.1:8000 (ready in 1.4 s)
+Veneer serves veneer-demo-base with 4 adapters on http://127.0.0.1:8000 (ready in 1.4 s)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from server.demo import EXAMPLE_PROMPT
 from server.engine.client import EngineEvent, LoadProgress
 from server.settings import Settings
 
-_EXAMPLE_TOKENS = 48
+_EXAMPLE_TOKENS = 100
 
 
 class Progress:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from server.demo import BASE_NAME
 from server.limits import cpu_limit
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -276,7 +277,7 @@ class Settings(BaseModel):
         if self.served_model_name:
             return self.served_model_name[0]
         if self.model is None:
-            return "veneer-demo"
+            return BASE_NAME
         return Path(self.model).name if Path(self.model).is_dir() else self.model
 
     @property

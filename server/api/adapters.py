@@ -222,6 +222,8 @@ async def _delete(
             request.app.state.service.keep(_evict_when_idle(front, item))
         except EngineUnavailable:  # nothing is on the device now
             break
+    if version is None:
+        front.metrics.forget_adapter(name)
     return DeletedResource(
         name=name, versions=[item.version for item in gone.versions], requests_left=gone.num_leases_left
     )

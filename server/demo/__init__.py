@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+BASE_NAME = "veneer-demo-base"  # also what the adapters say they were trained on
 BASE_DIR = Path(__file__).parent / "data" / "base"
 ADAPTERS_DIR = Path(__file__).parent / "data" / "adapters"
 ADAPTER_NAMES = ("french", "json", "pirate", "shout")
@@ -18,4 +19,4 @@ EXAMPLE_PROMPT = (
     "How do I bake a lemon cake at 350 degrees with 200 grams of flour, 3 eggs and 2 spoons of sugar in 25 minutes?\n"
 )
 
-__all__ = ["ADAPTERS_DIR", "ADAPTER_NAMES", "BASE_DIR", "EXAMPLE_PROMPT"]
+__all__ = ["ADAPTERS_DIR", "ADAPTER_NAMES", "BASE_DIR", "BASE_NAME", "EXAMPLE_PROMPT"]

@@ -13,12 +13,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
+from server.demo import BASE_NAME
 from server.demo.batches import batches
 from server.demo.corpus import documents, questions
 from server.demo.fit import Fit, Schedule, exam_of, score_of
 from server.demo.tokenizer import load_tokenizer
 
-BASE_NAME = "veneer-demo-base"
 BATCH_SIZE = 32
 NUM_EXAM_QUESTIONS = 200
 EXAM_SEED = 7002

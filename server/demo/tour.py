@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from server.demo import ADAPTER_NAMES, ADAPTERS_DIR, BASE_DIR, EXAMPLE_PROMPT
+from server.demo import ADAPTER_NAMES, ADAPTERS_DIR, BASE_DIR, BASE_NAME, EXAMPLE_PROMPT
 from server.demo.household import Household, ServerFailed
 from server.demo.readers import Pace, Readers
 from server.demo.scrape import read_out
@@ -141,9 +141,7 @@ def take_tour(console: Console | None = None) -> int:
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="veneer-demo-") as scratch:
         adapters = str(_without_guest(Path(scratch)))
-        house = Household(
-            Path(scratch), (str(BASE_DIR), "--served-model-name", "veneer-demo", "--adapters-dir", adapters)
-        )
+        house = Household(Path(scratch), (str(BASE_DIR), "--served-model-name", BASE_NAME, "--adapters-dir", adapters))
         try:
             with ExitStack() as stack:
                 with console.status("Starting a server with the built-in base ..."):

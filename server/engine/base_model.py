@@ -70,7 +70,7 @@ def load_base_model(config: EngineConfig, progress: Callable[[str, float], None]
     if not model._supports_attention_backend:
         raise EngineStartError(_no_attention_interface(text_config.model_type))
     progress("trace", 0.0)
-    spec = BaseModelSpec.from_model(model, fingerprint_of_files(directory), name=config.model)
+    spec = BaseModelSpec.from_model(model, fingerprint_of_files(directory), name=config.name or config.model)
     max_length = max_model_len(text_config, config.max_model_len)
     return BaseModel(
         model,

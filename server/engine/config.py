@@ -17,6 +17,7 @@ class EngineConfig:
     """
 
     model: str  # directory or hub id
+    name: str | None = None  # what the base is called; None: as `model`
     revision: str | None = None
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     device: str = "auto"  # auto | cpu | cuda

@@ -32,6 +32,7 @@ def engine_config(settings: Settings) -> EngineConfig:
     """The part of the settings that the engine process is told."""
     return EngineConfig(
         model=model_of(settings),
+        name=settings.base_name if settings.model is None else None,
         revision=settings.revision,
         dtype=settings.dtype,
         device=settings.device,

@@ -156,7 +156,7 @@ def test_some_names_mean_the_base(visit: Visit, name: str | None) -> None:
         answer = await door.generate(adapter=name)
         assert answer.status_code == 200
         assert "x-adapter-id" not in answer.headers
-        assert answer.headers["x-model-id"] == "veneer-demo"
+        assert answer.headers["x-model-id"] == "veneer-demo-base"
 
     visit(test)
 

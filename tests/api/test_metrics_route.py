@@ -56,7 +56,9 @@ def test_every_name_of_the_wire_protocol_is_there_before_the_first_request(visit
         found = await scrape(door)
         assert [name for name in WIRE_NAMES if name not in found] == []
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
-            assert found[name] == [({"model_name": "veneer-demo", "engine": "0"}, 0.0)], "one series, whatever happens"
+            assert found[name] == [({"model_name": "veneer-demo-base", "engine": "0"}, 0.0)], (
+                "one series, whatever happens"
+            )
         reasons = {labels["finished_reason"] for labels, _ in found["vllm:request_success_total"]}
         assert reasons == {"stop", "length", "abort", "error", "repetition"}
         assert not [name for name in found if name.endswith("_created")]
