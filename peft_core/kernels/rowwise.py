@@ -41,7 +41,7 @@ class _Matrices:
 @dataclass(frozen=True, slots=True)
 class RowwisePlan:
     gathers: Mapping[int, GroupGather]  # by group; none where no row of the batch has an adapter
-    wide: tuple[Segment, ...]
+    runs: tuple[tuple[Segment, ...], ...]  # wide segments, those of one length that follow one another together
 
 
 class RowwiseKernels:
@@ -51,6 +51,7 @@ class RowwiseKernels:
         self.residency = residency
         self.out_tiles = [group_shape(group, residency.tile).out_tiles for group in residency.groups]
         self.is_padded = [any(out % residency.tile for out in group.out_features) for group in residency.groups]
+        self.is_batched = residency.dtype == torch.bfloat16  # see `_runs`
         self.num_plans_built = 0
         self._builders = {is_head: GatherBuilder(residency, is_head=is_head) for is_head in (False, True)}
         self._kept: dict[bool, tuple[tuple[bytes, ...], Mapping[int, GroupGather]]] = {}
@@ -59,7 +60,7 @@ class RowwiseKernels:
     def prepare(self, rows: RowAdapters, *, is_head: bool = False) -> RowwisePlan:
         """Row numbers for the groups of one kind; rebuilt only when the batch's members changed."""
         if not len(rows.narrow_rows):
-            return RowwisePlan({}, rows.wide)
+            return RowwisePlan({}, self._runs(rows.wide))
         arrays = (rows.narrow_rows, rows.narrow_slots, rows.narrow_scales, self.residency.epochs[rows.narrow_slots])
         key = tuple(array.tobytes() for array in arrays)
         kept = self._kept.get(is_head)
@@ -67,19 +68,23 @@ class RowwiseKernels:
             self.num_plans_built += 1
             self._kept.pop(is_head, None)  # the build overwrites its buffers, also if it fails half-way
             self._kept[is_head] = kept = (key, self._builders[is_head].build(rows))
-        return RowwisePlan(kept[1], rows.wide)
+        return RowwisePlan(kept[1], self._runs(rows.wide))
 
     def apply(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, plan: RowwisePlan) -> None:
         """x: [rows, in_features], y: [rows, sum(out_features)], changed in place."""
         index = self.residency.group_index[group.leader]
         gather = plan.gathers.get(index)
-        if gather is None and not plan.wide:
+        if gather is None and not plan.runs:
             return
         x = x.to(self.residency.dtype)
         if gather is not None:
             self._add_narrow(index, gather, x, y)
-        for segment in plan.wide:
-            self._add_wide(index, segment, x, y)
+        for run in plan.runs:
+            if self.is_batched and y.dtype == x.dtype:
+                self._add_run(index, run, x, y)
+            else:
+                for segment in run:
+                    self._add_wide(index, segment, x, y)
 
     def _add_narrow(self, index: int, gather: GroupGather, x: torch.Tensor, y: torch.Tensor) -> None:
         entries = len(gather.rows)
@@ -117,6 +122,46 @@ class RowwiseKernels:
             else:
                 target.add_(inputs @ columns, alpha=segment.scale)
 
+    def _runs(self, wide: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], ...]:
+        """Segments that may be multiplied together.
+
+        A batched product costs a third of as many single ones in bfloat16, and gives each segment the bits that it
+        has as a batch of one; in float32 it gains little, and the bits of small products depend on the batch.
+        """
+        if not self.is_batched:
+            return tuple((segment,) for segment in wide)
+        runs: list[list[Segment]] = []
+        for segment in wide:
+            last = runs[-1][-1] if runs else None
+            if last is not None and last.end == segment.start and _length(last) == _length(segment):
+                runs[-1].append(segment)
+            else:
+                runs.append([segment])
+        return tuple(tuple(run) for run in runs)
+
+    def _add_run(self, index: int, run: tuple[Segment, ...], x: torch.Tensor, y: torch.Tensor) -> None:
+        """All segments of a run at once: members on the diagonal of one up matrix, ranks padded to the widest."""
+        matrices = [self._matrices(segment.slot)[index] for segment in run]
+        num_tiles = max((len(one.down) for one in matrices if one is not None), default=0)
+        if not num_tiles:
+            return
+        in_features, out_features = self.residency.groups[index].in_features, y.shape[1]
+        down = x.new_zeros(len(run), in_features, num_tiles, DOWN_TILE)
+        up = x.new_zeros(len(run), num_tiles * DOWN_TILE, out_features)
+        for place, (one, segment) in enumerate(zip(matrices, run, strict=True)):
+            if one is None:
+                continue
+            down[place, :, : len(one.down)] = one.down.permute(1, 0, 2)
+            for start, end, column, part in one.members:
+                out_tiles, rank, tile = part.shape
+                columns = part.permute(1, 0, 2).reshape(rank, out_tiles * tile)[:, : end - start]
+                up[place, column : column + rank, start:end] = (
+                    columns if segment.scale == 1 else columns * segment.scale
+                )
+        rows = slice(run[0].start, run[-1].end)
+        hidden = torch.bmm(x[rows].view(len(run), -1, in_features), down.flatten(2))
+        y[rows].view(len(run), -1, out_features).baddbmm_(hidden, up)
+
     def _matrices(self, slot: int) -> tuple[_Matrices | None, ...]:
         """Views of one adapter's tiles in the pool, a group at a time; kept until the slot changes."""
         epoch = int(self.residency.epochs[slot])
@@ -147,6 +192,10 @@ class RowwiseKernels:
             pieces.append(delta[:, first : first + out])
             first += out_tiles * tile
         return torch.cat(pieces, 1)
+
+
+def _length(segment: Segment) -> int:
+    return segment.end - segment.start
 
 
 def _weighted_sums(table: torch.Tensor, rows: torch.Tensor, bags: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,8 @@ class BatchBuilder:
 
     def build(self, plan: StepPlan, table: SequenceTable) -> StepBatch:
         slots = table.slot[plan.rows].astype(np.int64)
-        order = np.lexsort((slots, plan.counts >= WIDE_ROWS))  # narrow first, then by slot
+        is_wide = plan.counts >= WIDE_ROWS
+        order = np.lexsort((slots, plan.counts * is_wide))  # narrow first, then chunks by length, each by slot
         counts = plan.counts[order].astype(np.int64)
         starts = plan.starts[order].astype(np.int64)
         rows, slots = plan.rows[order].astype(np.int64), slots[order]

@@ -213,7 +213,8 @@ class EngineClient:
     def _on_step(self, message: Message) -> None:
         now_s = self._supervisor.heard_s
         streams, observe_gap = self._streams, self.metrics.token_gap_s.observe
-        for request_id, token_id in zip(message["ids"], message["tokens"], strict=True):
+        logprobs = message.get("logprobs") or itertools.repeat(None, len(message["ids"]))
+        for request_id, token_id, record in zip(message["ids"], message["tokens"], logprobs, strict=True):
             found = streams.get(request_id)
             stream = None if found is None else found()
             if stream is None:
@@ -221,7 +222,7 @@ class EngineClient:
             observe_gap(now_s - stream.last_token_s)
             stream.last_token_s = now_s
             stream.num_tokens += 1
-            stream.push_token(token_id)
+            stream.push_token(token_id, None if record is None else wire.logprobs_from_json(record))
         for data in message.get("special", ()):
             self._deliver(wire.delta_from_json(data), now_s)
         if message["computed"]:

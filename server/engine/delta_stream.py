@@ -39,9 +39,11 @@ class DeltaStream:
         self._finish: FinishReason | None = None
         self._error: EngineErrorRecord | None = None
 
-    def push_token(self, token_id: int) -> None:
-        """The ordinary case of `push`: one token and nothing else."""
+    def push_token(self, token_id: int, record: TokenLogprobs | None = None) -> None:
+        """The ordinary case of `push`: one token, and its log probability where that was asked for."""
         self._token_ids.append(token_id)
+        if record is not None:
+            self._logprobs.append(record)
         self._wake()
 
     def push(self, delta: RequestDelta) -> None:

@@ -271,6 +271,8 @@ class Engine:
         is_ordinary = (codes == policy.GOES_ON) & ~table.is_special[rows]
         output.request_ids = table.request_ids[rows[is_ordinary]].tolist()
         output.token_ids = token_ids[is_ordinary].tolist()
+        if result.logprobs:
+            output.logprobs = [result.logprobs.get(indices[place]) for place in np.flatnonzero(is_ordinary).tolist()]
         self._totals.total_generation_tokens += len(rows)
         for place in np.flatnonzero(~is_ordinary).tolist():
             index = indices[place]
@@ -286,12 +288,12 @@ class Engine:
         index: int,
         output: StepOutput,
     ) -> None:
-        """One token of a sequence of which there is more to say: its first, its last, or one with logprobs."""
+        """One token of a sequence of which there is more to say: its first, its last, or one with alternatives."""
         row = sequence.row
         is_first = int(self._table.length[row]) == sequence.prompt_length + 1
         told, record = None, result.logprobs.get(index)
         if is_first:
-            self._table.is_special[row] = sequence.params.num_logprobs is not None
+            self._table.is_special[row] = bool(sequence.params.num_logprobs)
             told, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         delta = RequestDelta(
             sequence.request_id,

@@ -168,7 +168,8 @@ class Sampler:
         if not reporting.size:
             return {}
         counts = self._rows["num_logprobs"][rows[reporting]]
-        records = token_logprobs(_pick(logits, reporting), token_ids[reporting], counts)
+        own = logits if len(reporting) == len(rows) else _pick(logits, reporting)
+        records = token_logprobs(own, token_ids[reporting], counts)
         return dict(zip(reporting.tolist(), records, strict=True))
 
 

@@ -165,7 +165,7 @@ class SequenceTable:
         self.arrival[row] = sequence.arrival
         self.ends_at_eos[row] = not params.ignore_eos
         # Until its first token is told: that delta carries more than the token.
-        self.is_special[row] = params.num_logprobs is not None or length == sequence.prompt_length
+        self.is_special[row] = bool(params.num_logprobs) or length == sequence.prompt_length
         self._set_stop_ids(row, params.stop_token_ids)
         self.sequences[row] = sequence
         self.request_ids[row] = sequence.request_id

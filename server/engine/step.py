@@ -99,11 +99,14 @@ class AdapterEvent(NamedTuple):
 @dataclass(slots=True)
 class StepOutput:
     """What one step tells: `request_ids` and `token_ids` are parallel and hold the ordinary case, one new token and
-    nothing else; `special` holds whatever says more (first tokens, logprobs, ends). A request is in at most one.
+    at most its own log probability; `special` holds whatever says more (first tokens, alternatives, ends). A request
+    is in at most one.
     """
 
     request_ids: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    # Parallel to token_ids where anyone asked for the chosen token's log probability, else empty.
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     special: list[RequestDelta] = field(default_factory=list)
     adapter_events: list[AdapterEvent] = field(default_factory=list)
     num_tokens: int = 0  # computed by this step; 0: nothing could run, so wait for messages or loads, do not spin

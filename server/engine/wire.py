@@ -3,8 +3,8 @@
     front -> engine   submit, abort, load, evict, residency, stop
     engine -> front   progress, ready, failed, step, stats, reply
 
-One `step` message carries a whole step: the ordinary case, one new token of a request and nothing
-else, costs an entry in each of two parallel arrays; only what says more is an object. Fields at
+One `step` message carries a whole step: the ordinary case, one new token of a request and at most its
+own log probability, costs an entry in each of some parallel arrays; only what says more is an object. Fields at
 their default are not sent. What cannot be read back exactly raises `ValueError` or `TypeError`.
 
 Running example: requests "a" and "b" got one token each, "c" its first token and its end
@@ -116,10 +116,10 @@ def delta_from_json(data: Mapping[str, Any]) -> RequestDelta:
     return RequestDelta(
         request_id=data["id"],
         token_ids=tuple(data.get("tokens", ())),
-        logprobs=tuple(_logprobs_from_json(record) for record in data.get("logprobs", ())),
+        logprobs=tuple(logprobs_from_json(record) for record in data.get("logprobs", ())),
         prompt_logprobs=None
         if prompt is None
-        else tuple(None if record is None else _logprobs_from_json(record) for record in prompt),
+        else tuple(None if record is None else logprobs_from_json(record) for record in prompt),
         num_cached_tokens=data.get("cached", 0),
         queue_s=data.get("queue_s", 0.0),
         finish=None if finish is None else FinishReason(finish),
@@ -129,6 +129,8 @@ def delta_from_json(data: Mapping[str, Any]) -> RequestDelta:
 
 def step_to_json(output: StepOutput) -> Json:
     data: Json = {"kind": STEP, "ids": output.request_ids, "tokens": output.token_ids, "computed": output.num_tokens}
+    if output.logprobs:
+        data["logprobs"] = output.logprobs
     if output.special:
         data["special"] = [delta_to_json(delta) for delta in output.special]
     if output.adapter_events:
@@ -140,6 +142,7 @@ def step_from_json(data: Mapping[str, Any]) -> StepOutput:
     return StepOutput(
         request_ids=data["ids"],
         token_ids=data["tokens"],
+        logprobs=[None if record is None else logprobs_from_json(record) for record in data.get("logprobs", ())],
         special=[delta_from_json(delta) for delta in data.get("special", ())],
         adapter_events=[AdapterEvent(*event) for event in data.get("events", ())],
         num_tokens=data["computed"],
@@ -171,7 +174,7 @@ def residents_from_json(data: list[Json]) -> list[ResidentAdapter]:
     return [ResidentAdapter(**{**resident, "state": AdapterState(resident["state"])}) for resident in data]
 
 
-def _logprobs_from_json(record: list[Any]) -> TokenLogprobs:
+def logprobs_from_json(record: list[Any]) -> TokenLogprobs:
     token_id, logprob, rank, top = record
     return TokenLogprobs(token_id, logprob, rank, tuple((other_id, other) for other_id, other in top))
 

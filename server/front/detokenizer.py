@@ -13,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 _NUM_CONTEXT_TOKENS = 6  # enough for any decoder's look-back: spaces, contractions, byte runs
 _MAX_HELD_TOKENS = 12  # a character has at most 4 bytes; longer runs are not text and are let go
+_MAX_BEGUN_TOKENS = 3  # of a character that one more byte completes
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -44,7 +45,7 @@ class Detokenizer:
             self._held = []
             return text
         if len(self._held) > _MAX_HELD_TOKENS:
-            return self.flush()
+            return self._let_go()
         return ""
 
     def flush(self) -> str:
@@ -56,6 +57,11 @@ class Detokenizer:
         self._stream = self._start((self._context + self._held)[-_NUM_CONTEXT_TOKENS:])
         self._held = []
         return text
+
+    def _let_go(self) -> str:
+        """Give up what is held, but for the last tokens: they may still begin a character."""
+        self._held, begun = self._held[:-_MAX_BEGUN_TOKENS], self._held[-_MAX_BEGUN_TOKENS:]
+        return self.flush() + "".join(self.add(token_id) for token_id in begun)
 
     def _start(self, context: list[int]) -> DecodeStream:
         # A context that ends inside a character would be told again as part of the first new text.

@@ -189,10 +189,14 @@ def test_an_answer_continues_the_cache_for_the_next_turn() -> None:
 def test_logprobs_come_with_every_token_that_asked() -> None:
     bench = Bench()
     bench.run(ask("a", [1, 2, 3], num_logprobs=0, max_new_tokens=3), ask("b", [1, 2, 3], max_new_tokens=3))
-    deltas = [d for o in bench.outputs for d in o.special if d.request_id == "a"]
-    assert [len(d.logprobs) for d in deltas] == [1, 1, 1]
-    assert [d.logprobs[0].token_id for d in deltas] == bench.answers["a"]
-    assert all(d.logprobs == () for o in bench.outputs for d in o.special if d.request_id == "b")
+    told: dict[str, list[TokenLogprobs | None]] = {"a": [], "b": []}
+    for output in bench.outputs:
+        for request_id, record in zip(output.request_ids, output.logprobs, strict=bool(output.logprobs)):
+            told[request_id].append(record)
+        for delta in output.special:
+            told[delta.request_id] += delta.logprobs
+    assert [record and record.token_id for record in told["a"]] == bench.answers["a"]
+    assert [record for record in told["b"] if record is not None] == []
 
 
 @pytest.mark.parametrize("num_units", [64, 13], ids=["undisturbed", "preempted"])

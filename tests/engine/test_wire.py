@@ -81,14 +81,17 @@ def test_a_request_arrives_as_it_was(request: EngineRequest) -> None:
     assert hash(arrived) == hash(request)  # tuples again, not lists
 
 
-@given(st.lists(deltas, max_size=3), st.lists(st.tuples(texts, ids), max_size=5))
+@given(st.lists(deltas, max_size=3), st.lists(st.tuples(texts, ids, st.none() | logprobs), max_size=5), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_a_step_arrives_as_it_was(special: list[RequestDelta], ordinary: list[tuple[str, int]]) -> None:
+def test_a_step_arrives_as_it_was(
+    special: list[RequestDelta], ordinary: list[tuple[str, int, TokenLogprobs | None]], asked: bool
+) -> None:
     step = StepOutput(
-        [request_id for request_id, _ in ordinary],
-        [token_id for _, token_id in ordinary],
-        special,
-        [AdapterEvent("key", "sql@3", "failed", "truncated")] * len(special),
+        request_ids=[request_id for request_id, _, _ in ordinary],
+        token_ids=[token_id for _, token_id, _ in ordinary],
+        logprobs=[record for _, _, record in ordinary] if asked else [],
+        special=special,
+        adapter_events=[AdapterEvent("key", "sql@3", "failed", "truncated")] * len(special),
         num_tokens=len(ordinary),
     )
     assert wire.step_from_json(through_the_wire(wire.step_to_json(step))) == step

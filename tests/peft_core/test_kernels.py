@@ -115,6 +115,15 @@ def test_wide_segments_of_any_rank_equal_the_reference(rank: int) -> None:
     assert compare(residency, rows, torch.float32) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_of_one_length_equal_the_reference_whatever_their_ranks(dtype: torch.dtype) -> None:
+    forms = [make_forms(3, 1), make_forms(40, 2), make_forms(8, 3, ("v", "o")), make_forms(16, 4)]
+    residency = bench(forms, str(dtype).removeprefix("torch.")).residency
+    segments = [Segment(12 * index, 12 * index + 12, index, 1.0 + index) for index in range(4)]
+    segments += [Segment(60, 72, 0), Segment(72, 81, 1)]  # after a gap, then of another length
+    assert compare(residency, RowAdapters.from_segments(90, segments), dtype) <= TOLERANCE[dtype]
+
+
 def test_missing_members_and_groups_do_nothing() -> None:
     forms = [make_forms(8, 1, ("q", "v")), make_forms(3, 2, ("o",)), make_forms(5, 3, ("k", "head"))]
     residency = bench(forms).residency
