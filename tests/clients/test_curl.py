@@ -25,7 +25,7 @@ def test_the_printed_commands_work_when_pasted(server: RunningServer) -> None:
     assert json.loads(shell(base))["generated_text"] != json.loads(shell(adapter))["generated_text"]
     events = [line for line in shell(stream).splitlines() if line]
     assert all(event.startswith("data: {") for event in events)
-    assert len(events) == 48
+    assert len(events) == 100
     assert json.loads(events[-1].removeprefix("data: "))["generated_text"]
 
 
