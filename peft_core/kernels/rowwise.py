@@ -7,9 +7,11 @@ vectorised, in parallel over rows, straight from the pool and at exact ranks:
     y[out_tile]  += sum_r  hidden[r] * up_table[up_row + out_tile * rank + r]            64 columns a bag
 
 Sums are accumulated in float32. A row is summed alone and in a fixed order, so its bits do not
-depend on which rows share the step. Measured on two cores with 16 distinct rank-16 adapters: about
-2.2 times the time that reading their bytes takes in float32, against 2.9 for batched products
-over stacked copies, and no copies to keep.
+depend on which rows share the step. On two cores 16 distinct rank-16 adapters add about 2.1 times the
+time that reading their bytes takes in float32 (`bench/results/versus_peft_float32.json`).
+
+A chunk's rows are multiplied together and only with each other; in bfloat16, chunks of one length
+share one batched product, in which each keeps the bits that it has alone.
 
 The row numbers (`peft_core.kernels.gathers`) depend only on who is in the batch, so they are kept until
 that changes.
@@ -33,9 +35,8 @@ class _Matrices:
     """One adapter at one group, as views of the pool."""
 
     down: torch.Tensor  # [tiles, in_features, DOWN_TILE]
-    members: tuple[
-        tuple[int, int, int, torch.Tensor], ...
-    ]  # columns of y [start, end), of hidden, up [tiles, rank, tile]
+    # (columns of y [start, end), first column of hidden, up [tiles, rank, tile]), one a member with a rank
+    members: tuple[tuple[int, int, int, torch.Tensor], ...]
 
 
 @dataclass(frozen=True, slots=True)
