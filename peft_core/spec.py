@@ -1,9 +1,9 @@
 """What a decoder must know about the base model, without holding the model.
 
 A spec is taken from a plain model, before anything of ours replaces its modules, and travels between processes as
-JSON. It lists every module that an adapter may name: linears, embeddings and the head as sites with their sizes;
-everything else (norms, activations, containers, and the 3-D expert weights of mixtures of experts) by path only, so
-that an adapter that aims at one of them is refused by name. It does not hold weights.
+JSON. It lists every module that an adapter may name: linears, embeddings and the head as sites with their sizes, norms,
+the blocks beside which a bottleneck may stand, and the stacked weights of experts; everything else (activations,
+containers) by path only, so that an adapter that aims at one of them is refused by name. It does not hold weights.
 
 Running example: GPT-2 with hidden size 768
     sites["transformer.h.0.attn.c_attn"] = Site(path, "linear", 768, 2304, has_bias=True, transposed=True)
@@ -15,8 +15,8 @@ Running example: GPT-2 with hidden size 768
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -35,6 +35,22 @@ class Site:
     transposed: bool  # the weight is stored [in, out], as `transformers.Conv1D` does
 
 
+class NormSite(NamedTuple):
+    """A normalisation with a weight of its own."""
+
+    width: int
+    epsilon: float
+    has_bias: bool
+
+
+class BlockSite(NamedTuple):
+    """An attention or a feed-forward block of a decoder layer, found by tracing."""
+
+    path: str  # the block; its output, or the first of its outputs, is [..., width]
+    norm: str  # the norm that reads the residual stream and whose output the block reads
+    width: int  # hidden size
+
+
 @dataclass(frozen=True, slots=True)
 class BaseModelSpec:
     model_type: str  # as in the model's config.json
@@ -48,6 +64,11 @@ class BaseModelSpec:
     other_modules: tuple[str, ...]  # paths of everything else, expert parameters included
     name: str | None = None  # what the base calls itself; compared in a warning, never in a decision
     input_groups: tuple[tuple[str, ...], ...] = ()  # linear sites that read one tensor, see `peft_core.trace`
+    norms: Mapping[str, NormSite] = field(default_factory=dict)  # by path
+    blocks: Mapping[str, BlockSite] = field(default_factory=dict)  # by path, see `peft_core.trace`
+    expert_parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as stored
+    num_kv_heads: int = 0  # 0: not known
+    head_dim: int = 0
 
     @classmethod
     def from_model(cls, model: Any, fingerprint: str, name: str | None = None) -> BaseModelSpec:
@@ -59,6 +80,8 @@ class BaseModelSpec:
         config = model.config.get_text_config()
         head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
         sites: dict[str, Site] = {}
+        norms: dict[str, NormSite] = {}
+        experts: dict[str, tuple[int, ...]] = {}
         others: list[str] = []
         for path, module in model.named_modules():
             if not path:
@@ -67,7 +90,12 @@ class BaseModelSpec:
             if site is not None:
                 sites[path] = site
                 continue
-            others += [path, *_expert_parameters(path, module)]
+            norm = _norm(module)
+            if norm is not None:
+                norms[path] = norm
+            stacked = dict(_expert_parameters(path, module))
+            experts.update(stacked)
+            others += [path, *stacked]
         return cls(
             model_type=str(model.config.model_type),
             hidden_size=int(config.hidden_size),
@@ -79,6 +107,8 @@ class BaseModelSpec:
             sites=sites,
             other_modules=tuple(others),
             name=name or model.config.name_or_path or None,
+            norms=norms,
+            expert_parameters=experts,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -90,6 +120,9 @@ class BaseModelSpec:
             "sites": sites,
             "other_modules": list(self.other_modules),
             "input_groups": [list(group) for group in self.input_groups],
+            "norms": {path: list(norm) for path, norm in self.norms.items()},
+            "blocks": [list(block) for block in self.blocks.values()],
+            "expert_parameters": {path: list(shape) for path, shape in self.expert_parameters.items()},
         }
 
     @classmethod
@@ -106,6 +139,9 @@ class BaseModelSpec:
             sites={site.path: site for site in sites},
             other_modules=tuple(data["other_modules"]),
             input_groups=tuple(tuple(group) for group in data["input_groups"]),
+            norms={path: NormSite(*norm) for path, norm in data["norms"].items()},
+            blocks={block[0]: BlockSite(*block) for block in data["blocks"]},
+            expert_parameters={path: tuple(shape) for path, shape in data["expert_parameters"].items()},
         )
 
 
@@ -118,6 +154,8 @@ _PLAIN_FIELDS = (
     "tie_word_embeddings",
     "fingerprint",
     "name",
+    "num_kv_heads",
+    "head_dim",
 )
 
 
@@ -141,8 +179,19 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _expert_parameters(path: str, module: nn.Module) -> Iterator[str]:
+def _norm(module: nn.Module) -> NormSite | None:
+    """A leaf whose only parameters are a vector named weight and perhaps one named bias, with an epsilon."""
+    parameters = dict(module.named_parameters(recurse=False))
+    epsilon = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    if epsilon is None or "weight" not in parameters or set(parameters) - {"weight", "bias"}:
+        return None
+    if any(parameter.dim() != 1 for parameter in parameters.values()) or list(module.children()):
+        return None
+    return NormSite(len(parameters["weight"]), float(epsilon), "bias" in parameters)
+
+
+def _expert_parameters(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Stacked weights `[experts, ...]`: no module of its own stands for them."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() >= 3:
-            yield f"{path}.{name}"
+            yield f"{path}.{name}", tuple(parameter.shape)
