@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # who only carries traits needs no torch
     from peft_core.forms import AdapterForms
 
+VIRTUAL_TOKEN_BASE = 1 << 30  # virtual token i of task t has the id VIRTUAL_TOKEN_BASE + t * num_virtual_tokens + i
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterTraits:
