@@ -15,6 +15,8 @@ def attach(model: Any, groups: tuple[SiteGroup, ...], active: ActiveBatch) -> No
     `groups` come from the traced spec of this very model.
     """
     for group in groups:
+        if group.is_block:
+            continue  # nothing stands there until a step needs it, see `peft_core.hooks`
         modules = [model.get_submodule(path) for path in group.paths]
         product = GroupProduct(group, base_product(modules), active)
         for index, path in enumerate(group.paths):

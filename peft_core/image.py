@@ -6,8 +6,9 @@ ranks, cut into tiles so that any adapter can be addressed as rows of one common
     down  [tiles][in_features][DOWN_TILE]      members' ranks side by side, padded to whole tiles
     up    [out_tiles][rank][up_tile]           one block a member, exact rank
 
-Every part starts at a multiple of `up_tile` elements, so a part of a resident adapter is a
+Every matrix starts at a multiple of `up_tile` elements, so a matrix of a resident adapter is a
 run of whole rows in the tables `pool.view(-1, DOWN_TILE)` and `pool.view(-1, up_tile)`.
+All other forms follow as plain tensors (`peft_core.parts`).
 
 Running example: rank 16 on q, k, v of 512 -> (512, 128, 128), tile 64
     down  [3][512][16]      h = x @ down: columns 0..15 are q's, 16..31 k's, 32..47 v's
@@ -21,7 +22,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from peft_core.errors import BaseMismatch, MalformedAdapter
+from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter
 from peft_core.forms import AdapterForms, LinearDelta
+from peft_core.parts import read_parts, write_parts
 from peft_core.sites import DOWN_TILE, SiteGroup, site_groups, up_tile
 from peft_core.spec import BaseModelSpec
 
-PACKER_VERSION = 1
+PACKER_VERSION = 2
 MAGIC = b"VENEERIM"
 PAYLOAD_ALIGNMENT_BYTES = 4096
 IMAGE_ALIGNMENT_BYTES = 256  # an extent starts here; a multiple of every tile row in every dtype
@@ -65,14 +67,13 @@ def pack(forms: AdapterForms, spec: BaseModelSpec, dtype: str) -> Image:
 
     Raises:
         BaseMismatch: a form names a site that the base does not have.
+        UnsupportedAdapter: two forms at one site whose order would matter.
         MalformedAdapter: a value overflows to infinity in `dtype`.
     """
-    known = {path for group in site_groups(spec) for path in group.paths}
-    for path in forms.linear:
-        if path not in known:
-            raise BaseMismatch(f"the adapter changes {path}, which is no linear site of this base.")
+    _check_places(forms, spec)
     builder = _ImageBuilder(DTYPES[dtype], up_tile(spec))
     sites = [builder.add(group, forms.linear) for group in site_groups(spec) if _touches(group, forms.linear)]
+    parts = write_parts(forms, builder.append)
     payload = builder.finish()
     header = {
         "packer_version": PACKER_VERSION,
@@ -81,8 +82,34 @@ def pack(forms: AdapterForms, spec: BaseModelSpec, dtype: str) -> Image:
         "fingerprint": spec.fingerprint,
         "num_bytes": payload.numel() * payload.element_size(),
         "sites": sites,
+        "parts": parts,
+        "invocation_tokens": list(forms.invocation_tokens),
+        "vocab_size": forms.vocab_size,
     }
     return Image(header, payload)
+
+
+def _check_places(forms: AdapterForms, spec: BaseModelSpec) -> None:
+    linear = {path for group in site_groups(spec) for path in group.paths}
+    known: tuple[tuple[str, Iterable[str], Collection[str]], ...] = (
+        ("linear site", forms.linear, linear),
+        ("linear site", (*forms.changes, *forms.head_rows), linear - set(spec.blocks)),
+        ("embedding", forms.embeddings, spec.sites),
+        ("norm", forms.norms, spec.norms),
+        ("block that a bottleneck could stand beside", forms.bottlenecks, spec.blocks),
+        ("expert weight", forms.experts, spec.expert_parameters),
+    )
+    for what, paths, places in known:
+        for path in paths:
+            if path not in places:
+                raise BaseMismatch(f"the adapter changes {path}, which is no {what} of this base.")
+    for path, change in forms.changes.items():
+        turns_input = change.input_gain is not None or change.rotation is not None
+        adds = path in forms.linear or change.dense is not None or change.kron_left is not None
+        if turns_input and (adds or change.replacement is not None):
+            raise UnsupportedAdapter(
+                f"{path} has both a changed input and an addition; no known kind has both, so their order is unclear."
+            )
 
 
 def _touches(group: SiteGroup, linear: Mapping[str, LinearDelta]) -> bool:
@@ -104,8 +131,8 @@ class _ImageBuilder:
         down = torch.cat(downs).to(self.dtype).T  # [in, sum of ranks]
         tiles = -(-sum(ranks) // DOWN_TILE)
         down = pad(down, (0, tiles * DOWN_TILE - sum(ranks)))
-        down_offset = self._append(down.view(group.in_features, tiles, DOWN_TILE).permute(1, 0, 2), group.leader)
-        ups = [0 if member is None else self._append(self._up_tiles(member.up), path)
+        down_offset = self.append(down.view(group.in_features, tiles, DOWN_TILE).permute(1, 0, 2), group.leader)
+        ups = [0 if member is None else self.append(self._up_tiles(member.up), path)
                for member, path in zip(members, group.paths, strict=True)]  # fmt: skip
         return {"leader": group.leader, "tiles": tiles, "down": down_offset, "ranks": ranks, "ups": ups}
 
@@ -115,7 +142,7 @@ class _ImageBuilder:
         columns = pad(up.to(self.dtype).T, (0, out_tiles * self.tile - out))  # [rank, out_tiles * tile]
         return columns.view(rank, out_tiles, self.tile).permute(1, 0, 2)
 
-    def _append(self, part: torch.Tensor, path: str) -> int:
+    def append(self, part: torch.Tensor, path: str) -> int:
         if not torch.isfinite(part).all():
             raise MalformedAdapter(
                 f"a weight of {path} is not finite in {self.dtype}: serve it with --adapter-dtype float32, "
@@ -138,7 +165,7 @@ def unpack(image: Image, spec: BaseModelSpec) -> AdapterForms:
     linear: dict[str, LinearDelta] = {}
     for site in image.header["sites"]:
         linear.update(site_views(site, groups[site["leader"]], image.payload, image.header["up_tile"]))
-    return AdapterForms(linear)
+    return read_parts(image.header, image.payload, linear)
 
 
 def site_views(site: dict[str, Any], group: SiteGroup, payload: torch.Tensor, tile: int) -> dict[str, LinearDelta]:

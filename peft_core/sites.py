@@ -30,6 +30,7 @@ class SiteGroup:
     in_features: int
     out_features: tuple[int, ...]
     is_head: bool = False  # its rows are the step's last rows, not its token rows
+    is_block: bool = False  # no module of the base, but the place of a bottleneck; its last input is always 1
 
     @property
     def leader(self) -> str:
@@ -43,7 +44,7 @@ class SiteGroup:
 
 
 def site_groups(spec: BaseModelSpec) -> tuple[SiteGroup, ...]:
-    """All adaptable linear sites of the base, each in exactly one group, in the model's order."""
+    """All adaptable linear sites of the base, each in exactly one group, in the model's order; then its blocks."""
     linear = {path: site for path, site in spec.sites.items() if site.kind in ("linear", "head")}
     grouped = {path: group for group in spec.input_groups for path in group}
     groups: list[SiteGroup] = []
@@ -55,7 +56,8 @@ def site_groups(spec: BaseModelSpec) -> tuple[SiteGroup, ...]:
         done.update(paths)
         outs = tuple(linear[member].out_features for member in paths)
         groups.append(SiteGroup(paths, site.in_features, outs, is_head=site.kind == "head"))
-    return tuple(groups)
+    blocks = (SiteGroup((b.path,), b.width + 1, (b.width,), is_block=True) for b in spec.blocks.values())
+    return (*groups, *blocks)
 
 
 def up_tile(spec: BaseModelSpec) -> int:

@@ -41,6 +41,7 @@ class NormSite(NamedTuple):
     width: int
     epsilon: float
     has_bias: bool
+    row_dim: int = 1  # which dimension of its input counts the rows of a step, found by tracing
 
 
 class BlockSite(NamedTuple):

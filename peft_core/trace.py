@@ -9,6 +9,7 @@ adapters, because its rows are not the step's rows; nor can one that returns any
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,20 @@ import torch
 from torch import nn
 
 from peft_core.kernels.base_product import can_stack
-from peft_core.spec import BaseModelSpec
+from peft_core.spec import BaseModelSpec, BlockSite
 
-NUM_TRACED_TOKENS = 24  # so many that no expert gets all of them by chance
+NUM_TRACED_TOKENS = 29  # so many that no expert gets all of them by chance, and a number of heads that no model has
+
+
+@dataclass(slots=True)
+class _Norms:
+    """What norms read and wrote; tensors are kept alive, so that an identity is never reused."""
+
+    writers: dict[int, str] = field(default_factory=dict)  # id of an output -> the norm
+    kept: list[torch.Tensor] = field(default_factory=list)
+    row_dims: dict[str, int] = field(default_factory=dict)  # the dimension of the input that counts rows
+    calls: Counter[str] = field(default_factory=Counter)
+    blocks: dict[str, BlockSite] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -41,9 +53,9 @@ def traced_spec(model: Any, spec: BaseModelSpec) -> BaseModelSpec:
     """
     modules = dict(model.named_modules())
     linear = [path for path, site in spec.sites.items() if site.kind in ("linear", "head")]
-    calls = _Calls()
+    calls, norms = _Calls(), _Norms()
     widths = {path: spec.sites[path].out_features for path in linear}
-    with _watched(modules, widths, calls), torch.inference_mode():
+    with _watched(modules, widths, calls), _watched_norms(modules, spec, norms), torch.inference_mode():
         tokens = torch.arange(NUM_TRACED_TOKENS, device=model.device)[None] % spec.vocab_size
         model(input_ids=tokens, use_cache=False)
     unreachable = calls.odd | {path for path in linear if not _sees_every_row(calls.inputs(path))}
@@ -52,6 +64,12 @@ def traced_spec(model: Any, spec: BaseModelSpec) -> BaseModelSpec:
         sites={path: site for path, site in spec.sites.items() if path not in unreachable},
         other_modules=(*spec.other_modules, *sorted(unreachable)),
         input_groups=tuple(_groups(calls, unreachable, modules)),
+        norms={
+            path: norm._replace(row_dim=norms.row_dims[path])
+            for path, norm in spec.norms.items()
+            if norms.calls[path] == 1 and path in norms.row_dims
+        },
+        blocks={path: block for path, block in norms.blocks.items() if norms.calls[block.norm] == 1},
     )
 
 
@@ -68,6 +86,44 @@ def _watched(modules: dict[str, nn.Module], widths: dict[str, int], calls: _Call
         return look
 
     hooks = [modules[path].register_forward_hook(watch(path)) for path in widths]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _watched_norms(modules: dict[str, nn.Module], spec: BaseModelSpec, norms: _Norms) -> Iterator[None]:
+    def norm_hook(path: str) -> Any:
+        def look(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            norms.calls[path] += 1
+            norms.kept += [args[0], output]
+            norms.writers[id(output)] = path
+            shape = args[0].shape
+            dims = [dim for dim in range(len(shape) - 1) if shape[dim] == NUM_TRACED_TOKENS]
+            if len(dims) == 1 and shape[-1] == spec.norms[path].width:
+                norms.row_dims[path] = dims[0]
+
+        return look
+
+    def block_hook(path: str) -> Any:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else kwargs.get("hidden_states")
+            result = output[0] if isinstance(output, tuple) else output
+            norm = norms.writers.get(id(given))
+            if norm is None or norm.rpartition(".")[0] != path.rpartition(".")[0]:
+                return
+            if isinstance(result, torch.Tensor) and result.shape == given.shape:
+                norms.blocks[path] = BlockSite(path, norm, given.shape[-1])
+
+        return look
+
+    containers = [
+        path for path, module in modules.items() if path and path not in spec.sites and any(module.children())
+    ]
+    hooks = [modules[path].register_forward_hook(norm_hook(path)) for path in spec.norms]
+    hooks += [modules[path].register_forward_hook(block_hook(path), with_kwargs=True) for path in containers]
     try:
         yield
     finally:

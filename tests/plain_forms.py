@@ -1,6 +1,6 @@
 """The forms of one adapter on a plain model, by hooks: the definition of correct, with nothing of the engine in it.
 
-Covers linear sites, changes, embeddings, head rows, norms and blocks. Prefixes, virtual tokens and experts are no hooks:
+Covers linear sites, changes, embeddings, head rows, norms, blocks. Prefixes, virtual tokens, experts are no hooks:
 their tests compare with the library that wrote the adapter.
 """
 
