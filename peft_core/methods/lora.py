@@ -23,6 +23,7 @@ from typing import Any
 
 from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter, shown
 from peft_core.forms import AdapterForms, LinearDelta
+from peft_core.methods.base_weights import BaseWeights
 from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.lora_config import LoraConfig, read_lora_config
 from peft_core.methods.lora_tensors import Factors, sort_tensors
@@ -42,7 +43,7 @@ class LoraPlan:
     report: DecodeReport
     factors: Mapping[str, Factors]  # by path, as `report.sites`
 
-    def read(self, tensors: TensorSource) -> AdapterForms:
+    def read(self, tensors: TensorSource, base: BaseWeights | None) -> AdapterForms:
         """Read the factors and fold the scaling into the up side; float32 throughout.
 
         Raises:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from peft_core.forms import AdapterForms
 from peft_core.methods import lora
+from peft_core.methods.base_weights import BaseWeights
 from peft_core.methods.kinds import kind_of, refuse_kind
 from peft_core.methods.report import Decoded, DecodeReport
 from peft_core.methods.tensors import Header, TensorSource
@@ -26,7 +27,7 @@ class Plan(Protocol):
     @property
     def report(self) -> DecodeReport: ...
 
-    def read(self, tensors: TensorSource) -> AdapterForms: ...
+    def read(self, tensors: TensorSource, base: BaseWeights | None) -> AdapterForms: ...
 
 
 Planner = Callable[[Mapping[str, Any], Header, BaseModelSpec], Plan]
@@ -48,14 +49,19 @@ def check(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> Dec
     return _plan(config, header, spec).report
 
 
-def decode(config: Mapping[str, Any], tensors: TensorSource, spec: BaseModelSpec) -> Decoded:
+def decode(
+    config: Mapping[str, Any], tensors: TensorSource, spec: BaseModelSpec, base: BaseWeights | None = None
+) -> Decoded:
     """Turn an adapter into forms: float32, on the host, scalings folded in.
+
+    Args:
+        base: the base's weights; kinds whose report says `needs_base` cannot be decoded without them.
 
     Raises:
         UnsupportedAdapter, MalformedAdapter, BaseMismatch: as `check`, and for values that are NaN or infinite.
     """
     plan = _plan(config, tensors.header, spec)
-    return Decoded(plan.read(tensors), plan.report)
+    return Decoded(plan.read(tensors, base), plan.report)
 
 
 def _plan(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> Plan:

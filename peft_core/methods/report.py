@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from peft_core.forms import AdapterForms
+
+FormName = Literal[
+    "low rank",
+    "gain",
+    "shift",
+    "input gain",
+    "rotation",
+    "turn",
+    "dense",
+    "kron",
+    "replacement",  # of a whole linear or of the head
+    "embedding",  # anything at an embedding table
+    "head rows",
+    "norm",
+    "bottleneck",
+    "experts",
+    "prefix",
+    "virtual tokens",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class MatchedSite:
     path: str
-    rank: int
+    rank: int  # 0 where the change is not low-rank
     scaling: float
 
 
@@ -24,11 +43,13 @@ class DecodeReport:
     irrelevant_fields: Mapping[str, str]  # field of the config -> why it does not change the outputs
     irrelevant_tensors: tuple[str, ...]  # kept by training, without effect on the outputs
     warnings: tuple[str, ...]  # sentences for whoever uploaded it
+    forms: tuple[FormName, ...] = ("low rank",)  # what it becomes, each once
+    needs_base: bool = False  # decoding reads weights of the base
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The distinct ranks, ascending."""
-        return tuple(sorted({site.rank for site in self.sites}))
+        """The distinct ranks of its low-rank sites, ascending."""
+        return tuple(sorted({site.rank for site in self.sites if site.rank}))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, ranks included."""
@@ -40,6 +61,8 @@ class DecodeReport:
             "irrelevant_fields": dict(self.irrelevant_fields),
             "irrelevant_tensors": list(self.irrelevant_tensors),
             "warnings": list(self.warnings),
+            "forms": list(self.forms),
+            "needs_base": self.needs_base,
         }
 
 
