@@ -91,7 +91,8 @@ def merged(first: AdapterForms, second: AdapterForms) -> AdapterForms:
 
 
 def _joined_maps(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-@@
+    both = {path: _joined(a[path], b[path]) for path in a if path in b}
+    return {**a, **b, **both}
 
 
 def _joined(a: Any, b: Any) -> Any:
