@@ -28,9 +28,14 @@ from adapters_store.record import StoredFile, manifest_digest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+HUB_WEIGHTS_FILE = "adapter.safetensors"  # as AdapterHub's `adapters` library calls it
+HUB_HEAD_FILE = "model_head.safetensors"  # a head beside it
+TENSOR_FILES = (WEIGHTS_FILE, HUB_WEIGHTS_FILE, HUB_HEAD_FILE)
+MLX_WEIGHTS_FILE = "adapters.safetensors"
 ALLOWED_FILES = (
     CONFIG_FILE,
-    WEIGHTS_FILE,
+    *TENSOR_FILES,
+    "head_config.json",
     "README.md",
     "tokenizer*.json",
     "tokenizer.model",
@@ -58,8 +63,13 @@ def check_path(path: str) -> str:
     if path.endswith(_PICKLES):
         raise FileRefused(
             f"{path[:200]!r} looks like a pickle, which can run code when it is read. Only safetensors is accepted: "
-            "save the adapter with `save_pretrained(..., safe_serialization=True)` and leave other files out."
+            "save the adapter with `save_pretrained(..., safe_serialization=True)`, or convert its directory with "
+            "`veneer adapters convert SRC DST`, and leave other files out."
         )
+    if path == MLX_WEIGHTS_FILE:
+        raise FileRefused(f"{path!r} is what MLX calls its weights. Convert it: `veneer adapters convert SRC DST`.")
+    if path.endswith(".gguf"):
+        raise FileRefused(f"{path[:200]!r} is GGUF, which does not say how the adapter is scaled. Use its original.")
     if _PLAIN.fullmatch(path) and any(fnmatch.fnmatchcase(path, pattern) for pattern in ALLOWED_FILES):
         return path
     raise FileRefused(f"{path[:200]!r} is no file of an adapter. Accepted: {', '.join(ALLOWED_FILES)}.")

@@ -93,6 +93,7 @@ def _description(config: EngineConfig, base: BaseModel, limits: EngineLimits, ad
         dtype=_name(base.model.dtype),
         device=base.model.device.type,
         adapter_dtype=adapter_dtype,
+        base_directory=str(base.directory.resolve()),
     )
 
 

@@ -38,6 +38,7 @@ class BaseModel:
     """A loaded, plain model, and what is known of it."""
 
     model: Any
+    directory: Path  # where its files lie
     spec: BaseModelSpec  # traced
     kv_shape: KVShape
     max_model_len: int
@@ -74,6 +75,7 @@ def load_base_model(config: EngineConfig, progress: Callable[[str, float], None]
     max_length = max_model_len(text_config, config.max_model_len)
     return BaseModel(
         model,
+        directory,
         traced_spec(model, spec),
         probe_kv_shape(model, config.block_size, max_length),
         max_length,

@@ -20,3 +20,4 @@ class EngineDescription:
     dtype: str  # "float32" | "bfloat16" | "float16", resolved
     device: str  # "cpu" | "cuda", resolved
     adapter_dtype: str  # resolved: the dtype that adapter images must be packed in
+    base_directory: str = ""  # where the base's files lie on this machine; some kinds of adapters need its weights

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters_store.errors import InvalidHeader
 from adapters_store.header import read_header
-from adapters_store.staging import CONFIG_FILE, WEIGHTS_FILE, Stage
+from adapters_store.staging import CONFIG_FILE, HUB_WEIGHTS_FILE, WEIGHTS_FILE, Stage
 from server.loader.errors import AdapterRefused
 
 
@@ -19,12 +19,18 @@ def check_files(stage: Stage) -> None:
         InvalidHeader: the weights are no sound safetensors file (the tensor is named).
     """
     present = {file.path for file in stage.files}
-    missing = [path for path in (CONFIG_FILE, WEIGHTS_FILE) if path not in present]
-    if missing:
+    weights = [path for path in (WEIGHTS_FILE, HUB_WEIGHTS_FILE) if path in present]
+    if CONFIG_FILE not in present or not weights:
+        missing = WEIGHTS_FILE if CONFIG_FILE in present else CONFIG_FILE
         raise AdapterRefused(
-            f"{missing[0]} is missing. An adapter is {CONFIG_FILE} and {WEIGHTS_FILE}, as `save_pretrained` of PEFT "
-            "writes them.",
+            f"{missing} is missing. An adapter is {CONFIG_FILE} and {WEIGHTS_FILE}, as `save_pretrained` of PEFT "
+            f"writes them, or {HUB_WEIGHTS_FILE} as AdapterHub does.",
             code="missing_file",
+        )
+    if len(weights) > 1:
+        raise AdapterRefused(
+            f"there are {' and '.join(weights)}, and which of them is the adapter cannot be known. Remove one.",
+            code="ambiguous_files",
         )
     for path in sorted(present):
         if path.endswith(".safetensors"):

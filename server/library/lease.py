@@ -7,6 +7,7 @@ from types import TracebackType
 from adapters_store.images import StoredImage
 from adapters_store.leases import Lease
 from adapters_store.record import AdapterVersion
+from peft_core.traits import AdapterTraits
 from server.engine.request import AdapterTicket
 
 
@@ -20,6 +21,7 @@ class AdapterLease:
             name=str(lease.version),
             image_path=str(image.path),
             num_bytes=image.num_bytes,
+            traits=AdapterTraits.from_json(lease.version.content.report.get("traits", {})),
         )
 
     @property

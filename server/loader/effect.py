@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Protocol
 
-from server.loader.tensor_file import TensorFile
+from adapters_store.header import TensorEntry
 
 _NAMES_ONLY = frozenset(
     {"base_model_name_or_path", "task_type"}
@@ -21,9 +21,20 @@ _ORDERED = frozenset({"rank_pattern", "alpha_pattern"})  # objects in which the 
 _SCHEMA = "effect-1"
 
 
+class StoredTensors(Protocol):
+    """The tensors of an adapter as bytes."""
+
+    @property
+    def header(self) -> Mapping[str, Any]: ...
+
+    def entry(self, name: str) -> TensorEntry: ...
+
+    def chunks(self, name: str) -> Iterator[bytes]: ...
+
+
 def effect_digest(
     config: Mapping[str, Any],
-    tensors: TensorFile,
+    tensors: StoredTensors,
     irrelevant_fields: Collection[str] = (),
     irrelevant_tensors: Collection[str] = (),
 ) -> str:

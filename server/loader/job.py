@@ -20,6 +20,8 @@ class PackingTarget:
 
     spec: Mapping[str, Any]  # `BaseModelSpec.to_json()`
     adapter_dtype: str  # float32 | bfloat16 | float16
+    base_directory: str = ""  # the base's files, for kinds that need its weights; "" where there are none
+    base_dtype: str = "float32"  # that the base is served in
 
     @property
     def fingerprint(self) -> str:
@@ -40,7 +42,7 @@ class Prepared:
     effect_digest: str  # "sha256:...", of canonical config and tensors
     num_bytes: int  # of the image's payload: what it takes on the device
     base_model: str | None  # as the adapter's config names it
-    report: Mapping[str, Any]  # the load report
+    report: Mapping[str, Any]  # the load report; its "traits" are `AdapterTraits.to_json()`
 
 
 class Loader(Protocol):

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adapters_store.errors import InvalidHeader
-from adapters_store.staging import CONFIG_FILE, WEIGHTS_FILE
+from adapters_store.staging import CONFIG_FILE
 from peft_core.errors import AdapterError
-from peft_core.image import image_key, pack, write_image
+from peft_core.image import DTYPES, image_key, pack, write_image
 from peft_core.methods import decode
 from peft_core.spec import BaseModelSpec
+from peft_core.traits import traits_of
+from server.loader.adapter_tensors import AdapterTensors
+from server.loader.base_weights import BaseFiles
 from server.loader.effect import effect_digest
 from server.loader.errors import AdapterRefused
 from server.loader.job import PackingTarget, Prepared, PrepareJob
-from server.loader.tensor_file import TensorFile
+from server.loader.strength import CHANGES_NOTHING, changes_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +28,19 @@ MAX_CONFIG_BYTES = 1024 * 1024
 
 
 class Packer:
-    """Prepares adapters for one base and one dtype. Holds no model."""
+    """Prepares adapters for one base and one dtype. Holds no model, at most while an adapter needs its weights."""
 
     def __init__(self, target: PackingTarget) -> None:
         self.target = target
         self._spec = BaseModelSpec.from_json(target.spec)
+        self._base: BaseFiles | None = None
+        if target.base_directory:
+            self._base = BaseFiles(Path(target.base_directory), self._spec, DTYPES[target.base_dtype])
 
     @property
     def variant(self) -> str:
-        """Names what images are packed for: base, dtype and the packer itself."""
-        return image_key("", self._spec.fingerprint, self.target.adapter_dtype)[:16]
+        """Names what images are packed for: base, dtypes and the packer itself."""
+        return image_key(f"on {self.target.base_dtype}", self._spec.fingerprint, self.target.adapter_dtype)[:16]
 
     def prepare(self, job: PrepareJob) -> Prepared:
         """Raises AdapterRefused, whatever goes wrong with the adapter."""
@@ -46,7 +53,7 @@ class Packer:
                 error.message, code=error.code, field=error.field, value=error.value, tensor=error.tensor
             ) from error
         except InvalidHeader as error:
-            raise AdapterRefused(f"{WEIGHTS_FILE}: {error}", code=error.code, tensor=error.tensor) from error
+            raise AdapterRefused(f"the weights: {error}", code=error.code, tensor=error.tensor) from error
         except OSError as error:
             raise AdapterRefused(f"a file of the adapter cannot be read: {error}", code="unreadable") from error
         except Exception as error:
@@ -56,21 +63,26 @@ class Packer:
                 "please report it with the adapter's config.",
                 code="decoder_failed",
             ) from error
+        finally:
+            if self._base is not None:
+                self._base.release()
 
     def _prepare(self, job: PrepareJob) -> Prepared:
         config = read_config(Path(job.files[CONFIG_FILE]))
-        tensors = TensorFile(Path(job.files[WEIGHTS_FILE]))
-        forms, report = decode(config, tensors, self._spec)
+        tensors = AdapterTensors(job.files)
+        forms, report = decode(config, tensors, self._spec, self._base)
         digest = effect_digest(config, tensors, report.irrelevant_fields, report.irrelevant_tensors)
         image = pack(forms, self._spec, self.target.adapter_dtype)
         write_image(Path(job.image_path), image)
-        base_model = config.get("base_model_name_or_path")
-        return Prepared(
-            effect_digest=digest,
-            num_bytes=image.num_bytes,
-            base_model=base_model if isinstance(base_model, str) and base_model else None,
-            report={**report.to_json(), "device_bytes": image.num_bytes, "device_dtype": self.target.adapter_dtype},
-        )
+        told = {
+            **report.to_json(),
+            "device_bytes": image.num_bytes,
+            "device_dtype": self.target.adapter_dtype,
+            "traits": traits_of(forms).to_json(),
+        }
+        if changes_nothing(forms):
+            told["warnings"] = [*told["warnings"], CHANGES_NOTHING]
+        return Prepared(digest, image.num_bytes, _base_model(config), told)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -85,6 +97,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _bad_config("does not hold a JSON object")
     return config
+
+
+def _base_model(config: Mapping[str, Any]) -> str | None:
+    """The base as the adapter calls it, in either of the two ways."""
+    names = (config.get("base_model_name_or_path"), config.get("model_name"))
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
