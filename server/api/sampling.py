@@ -33,6 +33,16 @@ def adapter_of(body: GenerateRequest) -> str | None:
     return named.pop() if named else None
 
 
+def _task_of(body: GenerateRequest) -> int | None:
+    """The task that a body names. Raises Invalid when it names two."""
+    nested = body.parameters.task_id if body.parameters else None
+    named = {task for task in (body.task_id, nested) if task is not None}
+    if len(named) > 1:
+        first, second = sorted(named)
+        raise Invalid(f"the body names two tasks, {first} and {second}; name one, best as `task_id`.")
+    return named.pop() if named else None
+
+
 def is_sampled(parameters: Parameters) -> bool:
     """Sampling is on when asked for, or when any of its knobs is away from neutral; temperature 0 is greedy."""
     if parameters.temperature == 0:
@@ -62,6 +72,7 @@ def text_request(body: GenerateRequest, settings: Settings, *, is_stream: bool) 
     return TextRequest(
         prompt=body.inputs,
         adapter=adapter_of(body),
+        task_id=_task_of(body),
         params=_sampling_params(parameters, settings, num_logprobs=num_top if tells_tokens else None),
         fit_length=parameters.max_new_tokens is None,
         truncate=parameters.truncate,

@@ -51,6 +51,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     adapter_id: Name | None = Field(None, description="The adapter; the same as the top-level `adapter`.")
+    task_id: int | None = Field(None, ge=0, le=MAX_INT, description="The same as the top-level `task_id`.")
     max_new_tokens: int | None = Field(None, ge=1, description="Default: up to the model's length.")
     do_sample: bool | None = Field(None, description="False without a sampling knob is greedy.")
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy.")
@@ -101,6 +102,9 @@ class GenerateRequest(BaseModel):
     inputs: Prompt = Field(description="The prompt.")
     adapter: Name | None = Field(None, description="`name`, `name@alias` or `name@version`; null is the base model.")
     adapter_id: Name | None = Field(None, description="The same as `adapter`.")
+    task_id: int | None = Field(
+        None, ge=0, le=MAX_INT, description="Which task, of an adapter that was trained on several."
+    )
     stream: bool | None = Field(None, description="Answer with server-sent events, one a token.")
     parameters: Parameters | None = None
 

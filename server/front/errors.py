@@ -42,19 +42,22 @@ class InvalidRequest(FrontError):
 class PromptTooLong(InvalidRequest):
     """Prompt and answer do not fit the model: all numbers in tokens."""
 
-    def __init__(self, num_prompt_tokens: int, max_new_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self, num_prompt_tokens: int, max_new_tokens: int, max_model_len: int, num_virtual_tokens: int = 0
+    ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.max_model_len = max_model_len
-        room = max_model_len - num_prompt_tokens
+        room = max_model_len - num_virtual_tokens - num_prompt_tokens
+        shared = f", {num_virtual_tokens} of which the adapter takes" if num_virtual_tokens else ""
         advice = (
             f"Ask for at most {room} new tokens or shorten the prompt"
             if room > 0
-            else f"Shorten the prompt to at most {max_model_len - 1} tokens"
+            else f"Shorten the prompt to at most {max_model_len - num_virtual_tokens - 1} tokens"
         )
         super().__init__(
             f"the prompt has {num_prompt_tokens} tokens and max_new_tokens is {max_new_tokens}, together "
-            f"{num_prompt_tokens + max_new_tokens}; the model takes {max_model_len} tokens in all. {advice}."
+            f"{num_prompt_tokens + max_new_tokens}; the model takes {max_model_len} tokens in all{shared}. {advice}."
         )
 
 

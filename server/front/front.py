@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from adapters_store.errors import StoreError
+from peft_core.traits import AdapterTraits
 from server.engine.client import EngineClient, OnEvent
 from server.engine.errors import EngineError, EngineUnavailable
 from server.engine.launch import Launch
@@ -112,8 +113,11 @@ class Front:
         _check(request)
         lease = None if request.adapter is None else await self._resolver.resolve(request.adapter)
         try:
-            prompt = await self._prompt_of(request)
-            request = replace(request, params=self._fitting_params(request, len(prompt.token_ids)))
+            traits = AdapterTraits() if lease is None else lease.ticket.traits
+            _check_task(request, traits)
+            prompt = await self._prompt_of(request, traits)
+            params = self._fitting_params(request, len(prompt.token_ids), traits.num_virtual_tokens)
+            request = replace(request, params=params)
             self._require_room(request.num_sequences)
             sequences = self._submit(request, prompt, lease)
         except BaseException:
@@ -138,13 +142,13 @@ class Front:
         await self.engine.close()
         await self._closing.aclose()
 
-    async def _prompt_of(self, request: TextRequest) -> Prompt:
+    async def _prompt_of(self, request: TextRequest, traits: AdapterTraits) -> Prompt:
         if isinstance(request.prompt, str):
             text = request.prompt
             token_ids = tuple(await self.tokenizer.encode(text, request.add_special_tokens))
         else:
             token_ids = tuple(request.prompt)
-            vocab_size = self.engine.description.vocab_size
+            vocab_size = max(self.engine.description.vocab_size, traits.vocab_size or 0)
             wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
             if wrong is not None:
                 raise InvalidRequest(f"the prompt holds token id {wrong}; the model's ids are 0 to {vocab_size - 1}.")
@@ -155,14 +159,14 @@ class Front:
             raise InvalidRequest("the prompt is empty; it must give at least one token.")
         return Prompt(token_ids, text)
 
-    def _fitting_params(self, request: TextRequest, num_prompt_tokens: int) -> SamplingParams:
+    def _fitting_params(self, request: TextRequest, num_prompt_tokens: int, num_virtual: int) -> SamplingParams:
         params, max_model_len = request.params, self.engine.description.max_model_len
-        room = max_model_len - num_prompt_tokens
+        room = max_model_len - num_virtual - num_prompt_tokens
         if params.max_new_tokens <= room:
             return params
         if room < 1 or not request.fit_length:
             wanted = 1 if request.fit_length else params.max_new_tokens
-            raise PromptTooLong(num_prompt_tokens, wanted, max_model_len)
+            raise PromptTooLong(num_prompt_tokens, wanted, max_model_len, num_virtual)
         return replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
 
     def _submit(self, request: TextRequest, prompt: Prompt, lease: AdapterLease | None) -> list[SequenceText]:
@@ -177,6 +181,7 @@ class Front:
                     adapter=None if lease is None else lease.ticket,
                     cache_salt=request.cache_salt,
                     deadline_s=request.deadline_s,
+                    task_id=request.task_id,
                 )
                 stream = self.engine.submit(asked)
                 sequences.append(SequenceText(request, prompt.token_ids, prompt.text, stream, self.tokenizer, index))
@@ -195,6 +200,20 @@ class Front:
         mean_s = self.metrics.total_s.total / max(1, self.metrics.total_s.count)
         retry_after_s = min(_LONGEST_RETRY_S, max(1, math.ceil(mean_s * num_queued / max_num_seqs)))
         raise Overloaded(num_queued, self._max_queued_requests, retry_after_s)
+
+
+def _check_task(request: TextRequest, traits: AdapterTraits) -> None:
+    """An adapter of several tasks needs one named; nobody else takes one."""
+    if not traits.num_tasks:
+        if request.task_id is not None:
+            whose = "the base model" if request.adapter is None else f"adapter {request.adapter!r}"
+            raise InvalidRequest(f"task_id is {request.task_id}, and {whose} has no tasks; leave it out.")
+        return
+    known = f"adapter {request.adapter!r} was trained on {traits.num_tasks} tasks"
+    if request.task_id is None:
+        raise InvalidRequest(f"{known}: say which with task_id, 0 to {traits.num_tasks - 1}.")
+    if not 0 <= request.task_id < traits.num_tasks:
+        raise InvalidRequest(f"task_id is {request.task_id}; {known}, 0 to {traits.num_tasks - 1}.")
 
 
 def _check(request: TextRequest) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from peft_core.traits import AdapterTraits
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
 from server.engine.launch import in_process, in_thread
@@ -42,16 +43,21 @@ class Lease:
 
 
 class Resolver:
-    """Knows "sql" and "broken", and who holds them."""
+    """Knows a few adapters, and who holds them."""
 
     def __init__(self) -> None:
         self.held: list[Lease] = []
 
     async def resolve(self, reference: str) -> Lease:
         await asyncio.sleep(0)
-        if reference not in ("sql", "broken"):
+        if reference not in ("sql", "broken", "prompted", "tasks"):
             raise UnknownAdapter(reference)
-        lease = Lease(AdapterTicket(reference, f"{reference}@3", f"/{reference}.img", 10), self.held)
+        traits = {
+            "prompted": AdapterTraits(num_virtual_tokens=10, first_position=10),
+            "tasks": AdapterTraits(num_virtual_tokens=10, first_position=10, num_tasks=3),
+        }.get(reference, AdapterTraits())
+        ticket = AdapterTicket(reference, f"{reference}@3", f"/{reference}.img", 10, traits)
+        lease = Lease(ticket, self.held)
         self.held.append(lease)
         return lease
 
@@ -326,5 +332,40 @@ def test_draining_lets_the_accepted_finish() -> None:
             assert (await running)[1].num_generated == 30
             with pytest.raises(EngineGone, match="last requests"):
                 await at.front.open(ask())
+
+    run(scene())
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (ask(task_id=1), "the base model has no tasks"),
+        (ask(adapter="sql", task_id=0), "'sql' has no tasks; leave it out"),
+        (ask(adapter="tasks"), "say which with task_id, 0 to 2"),
+        (ask(adapter="tasks", task_id=3), "task_id is 3; .*0 to 2"),
+        (ask(adapter="tasks", task_id=-1), "task_id is -1"),
+    ],
+)
+def test_a_task_is_named_where_there_are_tasks_and_nowhere_else(request_: TextRequest, words: str) -> None:
+    async def scene() -> None:
+        async with house() as at:
+            with pytest.raises(InvalidRequest, match=words):
+                await at.front.open(request_)
+            _, finish, _ = await answer(at.front, ask(adapter="tasks", task_id=2))
+            assert finish.num_generated == 5
+
+    run(scene())
+
+
+def test_virtual_tokens_take_room_and_are_not_counted() -> None:
+    async def scene() -> None:
+        async with house("fake max_model_len=20") as at:
+            _, finish, _ = await answer(at.front, ask("xxxx", 2**20, adapter="prompted", fit_length=True))
+            assert (finish.num_prompt_tokens, finish.num_generated) == (4, 6)
+            assert at.front.metrics.adapters["sql"].num_prompt_tokens == 4
+            with pytest.raises(PromptTooLong, match=r"10 of which the adapter takes. Ask for at most 6"):
+                await at.front.open(ask("xxxx", 7, adapter="prompted"))
+            with pytest.raises(PromptTooLong, match="at most 9 tokens"):
+                await at.front.open(ask("x" * 10, 1, adapter="prompted"))
 
     run(scene())
