@@ -16,6 +16,7 @@ ARGS ?=
 BENCH_RESULTS ?= bench/results
 
 VENV := .venv
+GOLDENS_VENV := .venv-goldens
 PY ?= $(VENV)/bin/python
 SETUP ?= $(VENV)/.installed
 SETUP_DEV ?= $(SETUP:$(VENV)/.installed=$(VENV)/.installed-dev)
@@ -29,7 +30,7 @@ define timed
 	took=$$((SECONDS - start)); printf '%s took %d min %02d s\n' "make $@" $$((took / 60)) $$((took % 60)); exit $$status
 endef
 
-.PHONY: help serve demo test test-all test-gpu check bench bench-gpu clean
+.PHONY: help serve demo test test-all test-gpu check goldens bench bench-gpu clean
 
 help: ## say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -55,6 +56,9 @@ check: $(SETUP_DEV) ## lint, format, strict types, and the rules of the house
 	@$(PY) -m mypy
 	@$(PY) -m pytest tests/house $(ARGS)
 
+goldens: $(GOLDENS_VENV)/.installed ## write again what AdapterHub's library computes, with its own environment
+	@$(GOLDENS_VENV)/bin/python tests/goldens/make_adapterhub.py tests/goldens/adapterhub
+
 bench: $(SETUP_DEV) ## the benchmarks, on CPU; ARGS=--quick shows that they run, not how fast
 	$(PY) -m bench.versus_peft --json $(BENCH_RESULTS)/versus_peft_float32.json $(ARGS)
 	$(PY) -m bench.versus_peft --dtype bfloat16 --json $(BENCH_RESULTS)/versus_peft_bfloat16.json $(ARGS)
@@ -69,7 +73,7 @@ bench-gpu: $(SETUP_DEV) ## the benchmarks, on a CUDA device
 	$(PY) -m bench.serving --device cuda --dtype bfloat16 --json $(BENCH_RESULTS)/serving_cuda.json $(ARGS)
 
 clean: ## remove the environment and what the tools leave behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GOLDENS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -87,3 +91,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing Veneer and its development tools (minutes the first time, seconds later)"
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(GOLDENS_VENV)/.installed: tests/goldens/requirements-adapterhub.txt
+	$(PYTHON) -m venv $(GOLDENS_VENV)
+	$(GOLDENS_VENV)/bin/python -m pip install --disable-pip-version-check \
+		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --requirement tests/goldens/requirements-adapterhub.txt
+	@touch $@
