@@ -32,6 +32,9 @@ class AdapterTraits:
         return cls(**{**data, "invocation_tokens": tuple(data.get("invocation_tokens", ()))})
 
 
+PLAIN_TRAITS = AdapterTraits()
+
+
 def traits_of(forms: AdapterForms) -> AdapterTraits:
     prefix, virtual = forms.prefix, forms.virtual
     assert prefix is None or virtual is None, "an adapter brings rows or keys and values, not both"

@@ -4,25 +4,39 @@ Entries are ordered so that those of one adapter are neighbours: first the entri
 (base, then adapter by adapter), then the long chunks. All of it is array arithmetic over the
 sequence table; nothing here is per layer, and the only loop is over prefill chunks.
 
+An entry whose adapter begins to act within it (an invocation) has base rows before that: these are in no triple.
+
 Running example: plan entries a: decode on slot 1, b: decode on the base, c: 64 tokens on slot 0
     order  b a c      row of b = 0, of a = 1, of c = 2..65, last rows 0, 1, 65
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from peft_core.batch import WIDE_ROWS, AdapterBatch, RowAdapters, Segment
+from peft_core.forms import KVPrefix
 from server.engine.kv_cache import KVCache
-from server.engine.paged_attention import Chunk, DecodeBucket, PagedStep
+from server.engine.paged_attention import Chunk, DecodeBucket, PagedStep, PrefixRows
 from server.engine.sequence import BASE_SLOT, SequenceTable
 from server.engine.step import StepPlan
 
 IntArray = npt.NDArray[np.int64]
+PrefixSource = Callable[[int], KVPrefix | None]  # by slot
+
+
+class JudgedRows(NamedTuple):
+    """Prompt tokens of one plan entry whose log probabilities are wanted."""
+
+    entry: int  # index in the plan
+    first: int  # index of the first judging token in the sequence; it judges the token after it
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +46,7 @@ class HeadRows:
     rows: IntArray  # [m] rows of the step
     num_samples: int
     sample_entries: IntArray  # [num_samples] plan index of each of the first rows
-    prompt: list[tuple[int, int]]  # (plan index, number of rows), in row order after the samples
+    prompt: list[JudgedRows]  # in row order after the samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +69,19 @@ def bucket_blocks(num_blocks: IntArray) -> IntArray:
 
 
 class BatchBuilder:
-    """Holds no state but the sizes of the cache."""
+    """Holds no state but the sizes of the cache; `prefix_of` tells the K/V prefixes of resident adapters."""
 
-    def __init__(self, cache: KVCache, device: torch.device) -> None:
-        self.cache, self.device = cache, device
+    def __init__(self, cache: KVCache, device: torch.device, prefix_of: PrefixSource | None = None) -> None:
+        self.cache, self.device, self.prefix_of = cache, device, prefix_of
 
     def build(self, plan: StepPlan, table: SequenceTable) -> StepBatch:
-        slots = table.slot[plan.rows].astype(np.int64)
+        idle = np.clip(table.active_from[plan.rows] - plan.starts, 0, plan.counts)  # leading rows that are the base's
+        slots = np.where(idle == plan.counts, BASE_SLOT, table.slot[plan.rows]).astype(np.int64)
         is_wide = plan.counts >= WIDE_ROWS
         order = np.lexsort((slots, plan.counts * is_wide))  # narrow first, then chunks by length, each by slot
         counts = plan.counts[order].astype(np.int64)
         starts = plan.starts[order].astype(np.int64)
-        rows, slots = plan.rows[order].astype(np.int64), slots[order]
+        rows = plan.rows[order].astype(np.int64)
         ends = np.cumsum(counts)
         firsts = ends - counts
         offsets = np.arange(ends[-1]) - np.repeat(firsts, counts)
@@ -77,17 +92,18 @@ class BatchBuilder:
         head = _head_rows(plan, table, order, firsts, ends)
         return StepBatch(
             input_ids=self._tensor(table.tokens[token_rows, positions])[None],
-            position_ids=self._tensor(positions)[None],
+            position_ids=self._tensor(np.maximum(positions - table.position_offset[token_rows], 0))[None],
             paged=PagedStep(
                 cache=self.cache,
                 write_rows=self._tensor(units * self.cache.shape.rows_per_unit + in_block),
                 decode=tuple(self._decode(table, rows, starts, counts, firsts)),
                 chunks=tuple(self._chunks(table, rows, starts, counts, firsts)),
                 layer_calls=[0] * self.cache.shape.num_layers,
+                prefixes=self._prefixes(table, rows, starts, counts, firsts),
             ),
             adapters=AdapterBatch(
-                tokens=_row_adapters(int(ends[-1]), slots, counts, firsts),
-                last=_head_adapters(head, slots[np.argsort(order)], plan),
+                tokens=_row_adapters(int(ends[-1]), slots[order], counts - idle[order], firsts + idle[order]),
+                last=_head_adapters(head, slots, plan.starts + idle),
             ),
             head=head,
             fresh_units=self._tensor(units[in_block == 0]),
@@ -129,11 +145,26 @@ class BatchBuilder:
             chunks.append(Chunk(int(firsts[entry]), count, start, blocks))
         return chunks
 
+    def _prefixes(
+        self, table: SequenceTable, rows: IntArray, starts: IntArray, counts: IntArray, firsts: IntArray
+    ) -> tuple[PrefixRows, ...]:
+        """Rows of this step whose K/V come from an adapter."""
+        ends = np.minimum(starts + counts, table.prefix_length[rows])
+        prefixes = []
+        for entry in np.flatnonzero(ends > starts).tolist():
+            slot = int(table.slot[rows[entry]])
+            prefix = self.prefix_of(slot) if self.prefix_of is not None else None
+            if prefix is None or prefix.num_tokens != table.prefix_length[rows[entry]]:
+                raise RuntimeError(f"the image in slot {slot} does not hold the prefix that its ticket promises")
+            prefixes.append(PrefixRows(int(firsts[entry]), int(starts[entry]), int(ends[entry]), prefix))
+        return tuple(prefixes)
+
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
 
 
 def _row_adapters(num_rows: int, slots: IntArray, counts: IntArray, firsts: IntArray) -> RowAdapters:
+    """Entry by entry: the adapter in `slots` acts on `counts` rows from row `firsts` on."""
     narrow = np.flatnonzero((counts < WIDE_ROWS) & (slots != BASE_SLOT))
     wide = np.flatnonzero((counts >= WIDE_ROWS) & (slots != BASE_SLOT))
     lengths = counts[narrow]
@@ -159,21 +190,27 @@ def _head_rows(plan: StepPlan, table: SequenceTable, order: IntArray, firsts: In
     for position, entry in enumerate(order.tolist()):
         if not plan.sequences[entry].wants_prompt_logprobs:
             continue
-        judged = min(int(plan.counts[entry]), int(table.prompt_length[plan.rows[entry]] - 1 - plan.starts[entry]))
+        row, start = plan.rows[entry], int(plan.starts[entry])
+        first = max(start, plan.sequences[entry].layout.num_virtual)
+        judged = min(start + int(plan.counts[entry]), int(table.prompt_length[row]) - 1) - first
         if judged > 0:
-            prompt.append((entry, judged))
-            rows.append(firsts[position] + np.arange(judged))
+            prompt.append(JudgedRows(entry, first, judged))
+            rows.append(firsts[position] + first - start + np.arange(judged))
     return HeadRows(np.concatenate(rows), len(sampling), order[sampling], prompt)
 
 
-def _head_adapters(head: HeadRows, slots: IntArray, plan: StepPlan) -> RowAdapters:
-    """`slots`: of each plan entry. Sampled rows are narrow; judged prompt rows of one sequence are one segment."""
+def _head_adapters(head: HeadRows, slots: IntArray, active_from: IntArray) -> RowAdapters:
+    """`slots`, and from which token on they act: of each plan entry.
+
+    Sampled rows are narrow; judged prompt rows of one sequence are one segment.
+    """
     sampled = slots[head.sample_entries]
     used = np.flatnonzero(sampled != BASE_SLOT)
     segments, first = [], head.num_samples
-    for entry, count in head.prompt:
-        if slots[entry] != BASE_SLOT:
-            segments.append(Segment(first, first + count, int(slots[entry])))
+    for entry, first_token, count in head.prompt:
+        idle = max(0, int(active_from[entry]) - first_token)
+        if slots[entry] != BASE_SLOT and idle < count:
+            segments.append(Segment(first + idle, first + count, int(slots[entry])))
         first += count
     judged = RowAdapters.from_segments(first, segments)
     return RowAdapters(

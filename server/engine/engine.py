@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from server.engine import policy
-from server.engine.acceptance import check_request, max_length_of
+from server.engine.acceptance import check_request, max_length_of, vocab_size_of
 from server.engine.adapter_manager import AdapterManager
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
@@ -99,6 +99,8 @@ class Engine:
             self._adapters.check_size(request.adapter)
             adapter_units = self._adapters.units_of(request.adapter)
         max_length = max_length_of(request, self._limits, block_size=self._block_size, adapter_units=adapter_units)
+        if (more := vocab_size_of(request, self._limits) - len(self._is_eos)) > 0:
+            self._is_eos = np.pad(self._is_eos, (0, more))
         now_s = self._clock()
         deadline = None if request.deadline_s is None else now_s + request.deadline_s
         self._num_arrivals += 1

@@ -18,28 +18,27 @@ from server.engine.sequence import Int32Array, SequenceTable
 class LogitEdits:
     """Bias, penalties and minimum lengths of the rows that have any."""
 
-    def __init__(
-        self, max_num_seqs: int, vocab_size: int, max_model_len: int, eos_token_ids: tuple[int, ...] = ()
-    ) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, max_num_seqs: int, max_model_len: int, eos_token_ids: tuple[int, ...] = ()) -> None:
         self._eos_token_ids = eos_token_ids
-        self._penalties = Penalties(max_num_seqs, vocab_size, max_model_len)
+        self._penalties = Penalties(max_num_seqs, max_model_len)
         self._biases: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}  # row -> ids, values
         self._endings: dict[int, tuple[int, NDArray[np.int64]]] = {}  # row -> min_new_tokens, ids that would end it
 
-    def join(self, row: int, params: SamplingParams, prompt: Int32Array, generated: Int32Array) -> bool:
+    def join(
+        self, row: int, params: SamplingParams, prompt: Int32Array, generated: Int32Array, *, vocab_size: int
+    ) -> bool:
         """Keeps what the row needs. Returns whether it needs anything at all.
 
         Raises:
             ValueError: the logit bias names a token outside the vocabulary.
         """
         if params.logit_bias:
-            self._biases[row] = self._bias(params)
+            self._biases[row] = _bias(params, vocab_size)
         if params.min_new_tokens > 0:
             ids = np.array(sorted({*self._eos_token_ids, *params.stop_token_ids}), dtype=np.int64)
-            self._endings[row] = params.min_new_tokens, ids[(ids >= 0) & (ids < self._vocab_size)]
+            self._endings[row] = params.min_new_tokens, ids[(ids >= 0) & (ids < vocab_size)]
         if _has_penalties(params):
-            self._penalties.join(row, params, prompt, generated)
+            self._penalties.join(row, params, prompt, generated, vocab_size=vocab_size)
         return bool(params.logit_bias) or params.min_new_tokens > 0 or _has_penalties(params)
 
     def forget(self, row: int) -> None:
@@ -56,16 +55,6 @@ class LogitEdits:
         self._add_biases_(logits, rows)
         self._penalties.apply_(logits, rows, table)
         self._forbid_endings_(logits, rows, table.length[rows] - table.prompt_length[rows])
-
-    def _bias(self, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        ids = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
-        outside = ids[(ids < 0) | (ids >= self._vocab_size)]
-        if outside.size:
-            raise ValueError(
-                f"logit_bias names token {outside[0]}, but the vocabulary has the tokens 0 to {self._vocab_size - 1}. "
-                "Remove it."
-            )
-        return ids, np.array([value for _, value in params.logit_bias], dtype=np.float32)
 
     def _add_biases_(self, logits: torch.Tensor, rows: Int32Array) -> None:
         if not self._biases:
@@ -85,6 +74,16 @@ class LogitEdits:
             least, ids = self._endings.get(row, (0, None))
             if ids is not None and generated < least:
                 logits[index].index_fill_(0, torch.from_numpy(ids).to(logits.device), -torch.inf)
+
+
+def _bias(params: SamplingParams, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    ids = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"logit_bias names token {outside[0]}, but the vocabulary has the tokens 0 to {vocab_size - 1}. Remove it."
+        )
+    return ids, np.array([value for _, value in params.logit_bias], dtype=np.float32)
 
 
 def _has_penalties(params: SamplingParams) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from peft_core.layers import ActiveBatch
-from server.engine.batch_builder import BatchBuilder, StepBatch
+from server.engine.batch_builder import BatchBuilder, PrefixSource, StepBatch
 from server.engine.errors import StepOutOfMemory
 from server.engine.kv_cache import KVCache
 from server.engine.logprobs import prompt_logprobs
@@ -21,15 +21,25 @@ from server.engine.step import StepPlan, StepResult
 class ModelRunner:
     """One base model with everything attached. Changes the cache and the sampler's state, no column of the table."""
 
-    def __init__(self, model: Any, cache: KVCache, active: ActiveBatch, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: KVCache,
+        active: ActiveBatch,
+        sampler: Sampler,
+        prefix_of: PrefixSource | None = None,
+    ) -> None:
         self.model, self.cache, self.active, self.sampler = model, cache, active, sampler
         self.device = cache.pool.device
-        self.builder = BatchBuilder(cache, self.device)
+        self.builder = BatchBuilder(cache, self.device, prefix_of)
 
     def join(self, sequence: Sequence) -> None:
-        """Register the sampling parameters of a sequence that just got its row."""
+        """Register the sampling parameters of a sequence that just got its row.
+
+        The prompt goes with its virtual tokens, whose ids are in no vocabulary: no penalty counts them.
+        """
         prompt, generated = np.split(sequence.tokens, [sequence.prompt_length])
-        self.sampler.join(sequence.row, sequence.params, prompt, generated)
+        self.sampler.join(sequence.row, sequence.params, prompt, generated, vocab_size=sequence.vocab_size)
 
     def forget(self, row: int) -> None:
         self.sampler.forget(row)
@@ -53,7 +63,7 @@ class ModelRunner:
             raise
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
-        """Logits of the head rows: [m, vocab]."""
+        """Logits of the head rows: [m, vocab], wider than the base's where an adapter of the step is."""
         if len(batch.fresh_units):
             self.cache.clear(batch.fresh_units)
         keep = torch.from_numpy(batch.head.rows).to(self.device)
@@ -75,20 +85,20 @@ class ModelRunner:
         return StepResult(
             token_ids=sampled.token_ids[np.argsort(entries)],
             logprobs={int(entries[index]): record for index, record in sampled.logprobs.items()},
-            prompt_logprobs=_judge(plan, table, batch, logits[head.num_samples :]),
+            prompt_logprobs=self._judge(plan, table, batch, logits[head.num_samples :]),
             failed={int(entries[index]): reason for index, reason in sampled.failed.items()},
         )
 
-
-def _judge(
-    plan: StepPlan, table: SequenceTable, batch: StepBatch, logits: torch.Tensor
-) -> dict[int, list[TokenLogprobs]]:
-    """Records of the prompt tokens that the step's rows predict."""
-    records, first = {}, 0
-    for entry, count in batch.head.prompt:
-        start, row = int(plan.starts[entry]), plan.rows[entry]
-        targets = table.tokens[row, start + 1 : start + 1 + count]
-        top = plan.sequences[entry].params.num_prompt_logprobs
-        records[entry] = prompt_logprobs(logits[first : first + count], targets, top or 0)
-        first += count
-    return records
+    def _judge(
+        self, plan: StepPlan, table: SequenceTable, batch: StepBatch, logits: torch.Tensor
+    ) -> dict[int, list[TokenLogprobs]]:
+        """Records of the prompt tokens that the step's rows predict."""
+        records, done = {}, 0
+        for entry, first, count in batch.head.prompt:
+            row = int(plan.rows[entry])
+            targets = table.tokens[row, first + 1 : first + 1 + count]
+            top = plan.sequences[entry].params.num_prompt_logprobs
+            own = logits[done : done + count, : self.sampler.vocab_size_of(row)]
+            records[entry] = prompt_logprobs(own, targets, top or 0)
+            done += count
+        return records

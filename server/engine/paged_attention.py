@@ -6,6 +6,9 @@ each one batched attention; a sequence that computes more attends on its own. Th
 sequence is padded to depends on itself alone, so a row's bits do not depend on its neighbours,
 and one very long neighbour costs the short ones nothing.
 
+Rows of a K/V prefix compute like any other, but their K and V are replaced by the adapter's before anything
+reads them.
+
 Semantics, for the token at position p of a sequence, over its keys j:
     softmax(cap(scaling * q . k_j) [, sink])  over  max(0, p - window + 1) <= j <= p
 """
@@ -19,6 +22,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from peft_core.forms import KVPrefix
 from server.engine.kv_cache import KVCache
 
 NAME = "veneer_paged"
@@ -52,6 +56,16 @@ class Chunk:
     blocks: torch.Tensor  # [blocks] int64, as in DecodeBucket; empty when start is 0
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixRows:
+    """Rows from `first_row` are tokens [start, end) of a prefix."""
+
+    first_row: int
+    start: int
+    end: int
+    prefix: KVPrefix
+
+
 @dataclass(slots=True)
 class PagedStep:
     """All that attention needs to know of one step; made once, read by every layer."""
@@ -61,6 +75,7 @@ class PagedStep:
     decode: tuple[DecodeBucket, ...]
     chunks: tuple[Chunk, ...]
     layer_calls: list[int]  # how often each layer attended; the self-check reads it
+    prefixes: tuple[PrefixRows, ...] = ()
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
 
 
@@ -92,6 +107,8 @@ def paged_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     paged.layer_calls[layer] += 1
     call = _Call(paged, layer, query[0].transpose(0, 1), scaling, sliding_window, softcap, s_aux)
+    if paged.prefixes:
+        key, value = _with_prefixes(paged.prefixes, layer, key, value)
     call.write(key[0].transpose(0, 1), value[0].transpose(0, 1))
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)  # [rows, heads, head_dim]
     for index, bucket in enumerate(paged.decode):
@@ -118,6 +135,18 @@ def _refuse_unknown(
         )
     if paged is None:
         raise UnknownAttentionArgument("paged attention was called outside of a step; use another implementation.")
+
+
+def _with_prefixes(
+    prefixes: tuple[PrefixRows, ...], layer: int, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of key and value, [1, kv_heads, rows, head_dim], with the prefixes' in the rows that are theirs."""
+    key, value = key.clone(), value.clone()
+    for part in prefixes:
+        rows = slice(part.first_row, part.first_row + part.end - part.start)
+        key[0, :, rows] = part.prefix.keys[layer, part.start : part.end].transpose(0, 1).to(key.dtype)
+        value[0, :, rows] = part.prefix.values[layer, part.start : part.end].transpose(0, 1).to(value.dtype)
+    return key, value
 
 
 @dataclass(frozen=True, slots=True)

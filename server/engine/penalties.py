@@ -27,18 +27,20 @@ from server.engine.sequence import Int32Array, SequenceTable
 class Penalties:
     """Distinct tokens of the rows that asked for penalties, kept up to date from the sequence table."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, max_model_len: int) -> None:
-        self._vocab_size = vocab_size
-        self._max_distinct = min(vocab_size, max_model_len)
+    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
+        self._max_distinct = max_model_len
         self._places = np.full(max_num_seqs, -1, dtype=np.int64)  # row -> place in the arrays below, -1 is none
         self._free: list[int] = []
         self._ids = np.zeros((0, self._max_distinct), dtype=np.int64)  # distinct tokens, in order of appearance
         self._generated = np.zeros((0, self._max_distinct), dtype=np.float32)  # how often generated
         self._num_distinct = np.zeros(0, dtype=np.int64)
         self._known = np.zeros(0, dtype=np.int64)  # tokens of the sequence counted so far
+        self._vocab_size = np.zeros(0, dtype=np.int64)  # ids beyond are not counted
         self._strengths = np.zeros((0, 3), dtype=np.float32)  # repetition, frequency, presence
 
-    def join(self, row: int, params: SamplingParams, prompt: Int32Array, generated: Int32Array) -> None:
+    def join(
+        self, row: int, params: SamplingParams, prompt: Int32Array, generated: Int32Array, *, vocab_size: int
+    ) -> None:
         """Starts counting for a row; `generated` is not empty when a preempted sequence comes back."""
         if not self._free:
             self._grow()
@@ -47,12 +49,13 @@ class Penalties:
         self._strengths[place] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         seen = np.concatenate([prompt, generated]).astype(np.int64)
         is_generated = np.arange(len(seen)) >= len(prompt)
-        in_vocab = (seen >= 0) & (seen < self._vocab_size)
+        in_vocab = (seen >= 0) & (seen < vocab_size)
         ids, inverse = np.unique(seen[in_vocab], return_inverse=True)
         self._ids[place, : len(ids)] = ids
         self._generated[place, : len(ids)] = np.bincount(inverse, is_generated[in_vocab], minlength=len(ids))
         self._num_distinct[place] = len(ids)
         self._known[place] = len(seen)
+        self._vocab_size[place] = vocab_size
 
     def forget(self, row: int) -> None:
         place = int(self._places[row])
@@ -88,7 +91,7 @@ class Penalties:
             self._known[places] += 1
 
     def _count(self, places: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
-        in_vocab = (tokens >= 0) & (tokens < self._vocab_size)
+        in_vocab = (tokens >= 0) & (tokens < self._vocab_size[places])
         places, tokens = places[in_vocab], tokens[in_vocab]
         widths = self._num_distinct[places]
         columns = np.arange(max(1, int(widths.max(initial=0))))
@@ -112,7 +115,7 @@ class Penalties:
         old = len(self._known)
         more = max(8, old)
         self._free.extend(range(old + more - 1, old - 1, -1))
-        for name in ("_ids", "_generated", "_num_distinct", "_known", "_strengths"):
+        for name in ("_ids", "_generated", "_num_distinct", "_known", "_vocab_size", "_strengths"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate([array, np.zeros((more, *array.shape[1:]), dtype=array.dtype)]))
 

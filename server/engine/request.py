@@ -1,6 +1,7 @@
 """What is asked of the engine and what it answers: plain data, so that it crosses the process border.
 
-It knows no tensors, no tables and no schedule. Token ids are the base model's, lengths are in tokens.
+It knows no tensors, no tables and no schedule. Token ids are the base model's (or those of the adapter's larger
+vocabulary), lengths are in tokens; an adapter's virtual tokens appear in neither.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
+
+from peft_core.traits import PLAIN_TRAITS, AdapterTraits
 
 MIN_LOGPROB = -9999.0  # logprobs are clamped here, so that JSON never meets an infinity
 
@@ -42,6 +45,7 @@ class AdapterTicket:
     name: str  # "sql@3", for messages only
     image_path: str  # packed image, written when the version was committed
     num_bytes: int  # size of the image's payload
+    traits: AdapterTraits = PLAIN_TRAITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class EngineRequest:
     adapter: AdapterTicket | None = None  # None is the base
     cache_salt: str = ""  # tenant; part of the prefix cache's seed
     deadline_s: float | None = None  # seconds from submission; past it the request fails
+    task_id: int | None = None  # for adapters that were trained on several tasks, and only for those
 
 
 class FinishReason(StrEnum):

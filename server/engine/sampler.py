@@ -13,6 +13,9 @@ logits before the first line (`server.engine.logprobs`).
 The cost follows what is asked. One argmax serves the whole batch and finds broken logits on the way; a batch of plain
 greedy rows does nothing else, and nothing per row in Python. The other rows are gathered and handled together.
 
+A row whose adapter has a larger vocabulary than the base widens the logits of its step; each row then looks at its own
+columns only, apart from the rows of other widths.
+
 What a row gets depends on its own logits, parameters, seed and number of generated tokens, never on its company.
 
 Running example: rows [4, 0, 9] of the table, where 0 has temperature 0.7 and 9 asked for log probabilities
@@ -48,6 +51,7 @@ _ROW = np.dtype(
         ("typical_p", np.float64),
         ("seed", np.uint64),
         ("num_logprobs", np.int32),
+        ("vocab_size", np.int64),
     ]
 )
 
@@ -80,27 +84,45 @@ class Sampler:
     ) -> None:
         self._vocab_size = vocab_size
         self._rows = np.zeros(max_num_seqs, dtype=_ROW)
-        self._edits = LogitEdits(max_num_seqs, vocab_size, max_model_len, eos_token_ids)
+        self._rows["vocab_size"] = vocab_size
+        self._edits = LogitEdits(max_num_seqs, max_model_len, eos_token_ids)
         self._slice_rows = max(1, _FLOATS_AT_ONCE // vocab_size) if device.type == "cpu" else max_num_seqs
 
-    def join(self, row: int, params: SamplingParams, prompt_token_ids: Int32Array, generated: Int32Array) -> None:
+    def join(
+        self,
+        row: int,
+        params: SamplingParams,
+        prompt_token_ids: Int32Array,
+        generated: Int32Array,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
         """A sequence got this row; `generated` is not empty when it comes back after a preemption.
+
+        Args:
+            vocab_size: of its adapter, where that is larger than the base's.
 
         Raises:
             ValueError: the logit bias names a token outside the vocabulary.
         """
-        is_edited = self._edits.join(row, params, prompt_token_ids, generated)
+        vocab_size = vocab_size or self._vocab_size
+        is_edited = self._edits.join(row, params, prompt_token_ids, generated, vocab_size=vocab_size)
         entry = self._rows[row]
         entry["flags"] = (
             _DRAWS * (params.temperature > 0.0) | _IS_EDITED * is_edited | _REPORTS * (params.num_logprobs is not None)
         )
         entry["temperature"] = max(params.temperature, _LEAST_TEMPERATURE)  # below, only the best token has weight
-        entry["top_k"] = min(max(0, params.top_k), self._vocab_size)
+        entry["top_k"] = min(max(0, params.top_k), vocab_size)
         entry["top_p"] = params.top_p
         entry["min_p"] = params.min_p
         entry["typical_p"] = params.typical_p
         entry["seed"] = params.seed & 0xFFFF_FFFF_FFFF_FFFF
         entry["num_logprobs"] = params.num_logprobs or 0
+        entry["vocab_size"] = vocab_size
+
+    def vocab_size_of(self, row: int) -> int:
+        """Columns of the logits that are this row's."""
+        return int(self._rows["vocab_size"][row])
 
     def forget(self, row: int) -> None:
         self._rows[row]["flags"] = 0
@@ -110,8 +132,26 @@ class Sampler:
         """Chooses the next token of each row. Changes no logits; counts tokens for penalties as a side effect.
 
         Shapes:
-            logits [n, vocab] float32, bfloat16 or float16; rows [n], of the sequence table
+            logits [n, vocab] float32, bfloat16 or float16, the widest vocabulary of the rows, what lies beyond a row's
+            own is not looked at; rows [n], of the sequence table
         """
+        if logits.shape[-1] == self._vocab_size:
+            return self._sample(logits, rows, table)
+        token_ids = np.empty(len(rows), np.int64)
+        logprobs: dict[int, TokenLogprobs] = {}
+        failed: dict[int, str] = {}
+        widths = self._rows["vocab_size"][rows]
+        for width in np.unique(widths).tolist():
+            part = np.flatnonzero(widths == width)
+            own = logits[torch.from_numpy(part).to(logits.device), :width]
+            sampled = self._sample(own, rows[part], table)
+            token_ids[part] = sampled.token_ids
+            logprobs.update((int(part[index]), record) for index, record in sampled.logprobs.items())
+            failed.update((int(part[index]), reason) for index, reason in sampled.failed.items())
+        return Sampled(token_ids, logprobs, failed)
+
+    def _sample(self, logits: torch.Tensor, rows: Int32Array, table: SequenceTable) -> Sampled:
+        """As `sample`, for rows of one vocabulary."""
         best, token_ids = argmax(logits)
         failed: dict[int, str] = {}
         is_finite = np.isfinite(best)

@@ -252,10 +252,11 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         if sequence.status is SequenceStatus.WAITING:
-            sequence.num_cached_tokens = num_cached_tokens
-            self.num_prompt_tokens += sequence.prompt_length
-            self.num_prefix_queries += sequence.prompt_length
-            self.num_prefix_hits += num_cached_tokens
+            num_tokens = sequence.prompt_length - sequence.layout.num_virtual
+            sequence.num_cached_tokens = max(0, num_cached_tokens - sequence.layout.num_virtual)
+            self.num_prompt_tokens += num_tokens
+            self.num_prefix_queries += num_tokens
+            self.num_prefix_hits += sequence.num_cached_tokens
         sequence.status = SequenceStatus.RUNNING
         sequence.lacks_room_since = None
         return True

@@ -3,6 +3,8 @@
 Numbers that change in every step live in numpy columns, so that a step over 256 sequences is a dozen array
 operations and no loop. A waiting or preempted sequence has no row and carries its own tokens.
 
+An adapter's virtual tokens stand before the prompt and count as tokens here (`server.engine.token_layout`).
+
 Running example, a prompt of 5 tokens of which 2 have been generated, blocks of 4 tokens:
 
     tokens   [p0 p1 p2 p3 | p4 g0 g1 .. | .....]
@@ -17,7 +19,9 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from peft_core.traits import PLAIN_TRAITS
 from server.engine.request import AdapterTicket, EngineRequest, SamplingParams, TokenLogprobs
+from server.engine.token_layout import NEVER, layout_of
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -47,10 +51,12 @@ class Sequence:
     """One accepted request. `row` is its place in the table while it runs, else `NO_ROW`."""
 
     __slots__ = (
+        "adapter",
         "arrival",
         "block_hashes",
         "deadline",
         "lacks_room_since",
+        "layout",
         "max_length",
         "num_cached_tokens",
         "prompt_length",
@@ -75,17 +81,21 @@ class Sequence:
         wants_prompt_logprobs = request.params.num_prompt_logprobs is not None
         self.request = request
         self.arrival = arrival  # strictly increasing over submissions: smaller is older
+        traits = PLAIN_TRAITS if request.adapter is None else request.adapter.traits
+        self.layout = layout_of(traits, request.token_ids, request.task_id)
+        # Without its invocation in the prompt, an adapter that waits for one does nothing: that is the base.
+        self.adapter: AdapterTicket | None = None if self.layout.active_from == NEVER else request.adapter
         self.max_length = max_length  # tokens known when it ends by length
         self.deadline = deadline  # on the engine's clock, seconds
         self.submitted_s = submitted_s  # on the engine's clock
         self.queue_s = 0.0  # from then to its first admission
         self.status = SequenceStatus.WAITING
         self.row = NO_ROW
-        self.prompt_length = len(request.token_ids)
-        self.tokens: Int32Array = np.asarray(request.token_ids, dtype=np.int32)  # while it holds no row
+        self.tokens: Int32Array = self.layout.tokens(request.token_ids)  # while it holds no row
+        self.prompt_length = len(self.tokens)  # virtual tokens included
         self.block_hashes: list[bytes] = []  # of its leading full blocks, as far as anyone asked
         self.lacks_room_since: int | None = None  # first step that had no room for its adapter or its blocks
-        self.num_cached_tokens = 0  # prefix-cache hit of its first admission
+        self.num_cached_tokens = 0  # prefix-cache hit of its first admission, in tokens of the prompt
         # Records of prompt tokens so far (the first token has none); None: not asked for, or told already.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wants_prompt_logprobs else None
 
@@ -98,12 +108,13 @@ class Sequence:
         return self.request.params
 
     @property
-    def adapter(self) -> AdapterTicket | None:
-        return self.request.adapter
+    def key(self) -> str:
+        return BASE_KEY if self.adapter is None else self.adapter.key
 
     @property
-    def key(self) -> str:
-        return BASE_KEY if self.request.adapter is None else self.request.adapter.key
+    def vocab_size(self) -> int | None:
+        """Of its adapter, where that is larger than the base's."""
+        return None if self.adapter is None else self.adapter.traits.vocab_size
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -131,6 +142,10 @@ class SequenceTable:
         self.max_length: Int32Array = np.zeros(max_num_seqs, np.int32)  # ends by length there
         self.min_length: Int32Array = np.zeros(max_num_seqs, np.int32)  # does not end by a token before
         self.slot: Int32Array = np.full(max_num_seqs, BASE_SLOT, np.int32)
+        # See `TokenLayout`; all 0 for what has no virtual tokens and no invocation.
+        self.prefix_length: Int32Array = np.zeros(max_num_seqs, np.int32)
+        self.position_offset: Int32Array = np.zeros(max_num_seqs, np.int32)
+        self.active_from: Int32Array = np.zeros(max_num_seqs, np.int32)
         self.arrival: Int64Array = np.zeros(max_num_seqs, np.int64)
         self.active: BoolArray = np.zeros(max_num_seqs, np.bool_)
         self.ends_at_eos: BoolArray = np.zeros(max_num_seqs, np.bool_)
@@ -162,6 +177,9 @@ class SequenceTable:
         self.max_length[row] = sequence.max_length
         self.min_length[row] = min(sequence.prompt_length + params.min_new_tokens, sequence.max_length + 1)
         self.slot[row] = slot
+        self.prefix_length[row] = sequence.layout.prefix_length
+        self.position_offset[row] = sequence.layout.position_offset
+        self.active_from[row] = sequence.layout.active_from
         self.arrival[row] = sequence.arrival
         self.ends_at_eos[row] = not params.ignore_eos
         # Until its first token is told: that delta carries more than the token.

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from peft_core.traits import PLAIN_TRAITS, AdapterTraits
 from server.engine import errors
 from server.engine.description import EngineDescription
 from server.engine.request import (
@@ -69,6 +70,8 @@ def request_to_json(request: EngineRequest) -> Json:
         data["cache_salt"] = request.cache_salt
     if request.deadline_s is not None:
         data["deadline_s"] = request.deadline_s
+    if request.task_id is not None:
+        data["task_id"] = request.task_id
     return data
 
 
@@ -81,15 +84,21 @@ def request_from_json(data: Mapping[str, Any]) -> EngineRequest:
         adapter=None if adapter is None else ticket_from_json(adapter),
         cache_salt=data.get("cache_salt", ""),
         deadline_s=data.get("deadline_s"),
+        task_id=data.get("task_id"),
     )
 
 
 def ticket_to_json(ticket: AdapterTicket) -> Json:
-    return asdict(ticket)
+    data = {field.name: getattr(ticket, field.name) for field in fields(AdapterTicket)}
+    traits = data.pop("traits")
+    return data if traits == PLAIN_TRAITS else {**data, "traits": traits.to_json()}
 
 
 def ticket_from_json(data: Mapping[str, Any]) -> AdapterTicket:
-    return AdapterTicket(**data)
+    values = dict(data)
+    if "traits" in values:
+        values["traits"] = AdapterTraits.from_json(values["traits"])
+    return AdapterTicket(**values)
 
 
 def delta_to_json(delta: RequestDelta) -> Json:

@@ -268,5 +268,5 @@ def test_hashes_are_extended_as_a_sequence_grows() -> None:
     block_hash.extend(whole, start, tokens, 3, 4)
     grown: list[bytes] = []
     for num_blocks in (1, 1, 3):
-        block_hash.extend(grown, start, tokens, num_blocks, 4)
+        block_hash.extend(grown, grown[-1] if grown else start, tokens, num_blocks, 4)
     assert grown == whole
