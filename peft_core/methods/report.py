@@ -45,6 +45,7 @@ class DecodeReport:
     warnings: tuple[str, ...]  # sentences for whoever uploaded it
     forms: tuple[FormName, ...] = ("low rank",)  # what it becomes, each once
     needs_base: bool = False  # decoding reads weights of the base
+    dense_bytes: int = 0  # float32, of weights as large as the base's: dense updates and replacements
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -63,6 +64,7 @@ class DecodeReport:
             "warnings": list(self.warnings),
             "forms": list(self.forms),
             "needs_base": self.needs_base,
+            "dense_bytes": self.dense_bytes,
         }
 
 
