@@ -16,12 +16,21 @@ Running example: sequences of 1, 1 and 64 tokens on (base, slot 2, slot 0)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import torch
+
+from peft_core.errors import UnsupportedAdapter
 
 WIDE_ROWS = 8  # from this many rows on, one matrix product beats row-wise products
+
+
+# What happens between the two products of a bottleneck: hidden [n, ranks], row of the step of each of the n -> hidden
+Between = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Segment(NamedTuple):
@@ -60,6 +69,32 @@ class RowAdapters:
             np.repeat(np.array([segment.scale for segment in narrow], np.float32), lengths),
             tuple(segment for segment in segments if segment.end - segment.start >= WIDE_ROWS),
         )
+
+
+class SlotRows(NamedTuple):
+    """Rows of one adapter that may be computed together: all its narrow rows, or one wide segment."""
+
+    slot: int
+    rows: npt.NDArray[np.int64]  # [n], ascending
+    is_narrow: bool
+
+
+def rows_by_slot(rows: RowAdapters, slots: Collection[int]) -> tuple[SlotRows, ...]:
+    """The rows of those of `slots` that are in the batch.
+
+    Raises:
+        UnsupportedAdapter: a scale other than 1, which only the low-rank form has a meaning for.
+    """
+    chosen = np.isin(rows.narrow_slots, list(slots))
+    wide = [segment for segment in rows.wide if segment.slot in slots]
+    if (rows.narrow_scales[chosen] != 1).any() or any(segment.scale != 1 for segment in wide):
+        raise UnsupportedAdapter("an adapter that is more than a low-rank addition cannot be scaled.")
+    narrow = [
+        SlotRows(slot, rows.narrow_rows[rows.narrow_slots == slot], is_narrow=True)
+        for slot in np.unique(rows.narrow_slots[chosen]).tolist()
+    ]
+    whole = [SlotRows(part.slot, np.arange(part.start, part.end), is_narrow=False) for part in wide]
+    return (*narrow, *whole)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,21 +10,27 @@ other members hand out their columns of that result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from peft_core.batch import AdapterBatch, RowAdapters
+from peft_core.batch import AdapterBatch, Between, RowAdapters, SlotRows, rows_by_slot
 from peft_core.errors import UnsupportedAdapter
+from peft_core.hooks.step_hooks import StepHooks
 from peft_core.kernels.base_product import BaseProduct
+from peft_core.kernels.changes import GroupChange, SiteChanges
+from peft_core.residency import Residency
 from peft_core.sites import SiteGroup
 
 
 class AdapterKernels(Protocol):
     """The seam between the layers and what computes on this device (`peft_core.kernels`)."""
+
+    residency: Residency
 
     def prepare(self, rows: RowAdapters, *, is_head: bool = False) -> Any:
         """Whatever the kernels derive from the triples of one step's token rows or, for the head, last rows.
@@ -32,8 +38,19 @@ class AdapterKernels(Protocol):
         Valid until the next call of its kind.
         """
 
-    def apply(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, prepared: Any) -> None:
-        """y[rows, columns] += scale * up (down x[rows]), in place, for every triple."""
+    def apply(
+        self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, prepared: Any, between: Between | None = None
+    ) -> None:
+        """y[rows, columns] += scale * up (between (down x[rows])), in place, for every triple."""
+
+
+@dataclass(slots=True)
+class _ActiveRows:
+    """The adapters of one set of rows."""
+
+    num_rows: int
+    prepared: Any
+    changes: Mapping[str, GroupChange]  # by leader
 
 
 class ActiveBatch:
@@ -41,8 +58,13 @@ class ActiveBatch:
 
     def __init__(self, kernels: AdapterKernels) -> None:
         self.kernels = kernels
-        self._tokens: tuple[int, Any] | None = None  # (rows, prepared)
-        self._last: tuple[int, Any] | None = None
+        self.residency = kernels.residency
+        self.hooks: StepHooks | None = None  # set by `attach`
+        self.parts: tuple[SlotRows, ...] = ()  # token rows of the adapters that are more than a low-rank addition
+        self._changes = SiteChanges(self.residency)
+        self._kept: dict[bool, tuple[Any, Mapping[str, GroupChange]]] = {}  # by is_head: what for, changes
+        self._tokens: _ActiveRows | None = None
+        self._last: _ActiveRows | None = None
         self._in_use = False
 
     @contextmanager
@@ -57,21 +79,65 @@ class ActiveBatch:
         finally:
             self._in_use, self._tokens, self._last = False, None, None
 
-    def add_to(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the step's adapters at one group: x [rows, in_features], y [rows, sum(out_features)]."""
+    def product(self, group: SiteGroup, base: BaseProduct, x: torch.Tensor) -> torch.Tensor:
+        """The base's product with this step's adapters: x [rows, in_features] -> [rows, sum(out_features)].
+
+        Wider at the head where an adapter brings a larger vocabulary; -inf where a row's own has no such token.
+        """
         active = self._last if group.is_head else self._tokens
         if active is None:
-            return
-        num_rows, prepared = active
-        if len(x) != num_rows:
+            return base(x)
+        if len(x) != active.num_rows:
             raise UnsupportedAdapter(
-                f"{group.leader} was called with {len(x)} rows in a step of {num_rows}: the model routes rows here, "
-                "so an adapter on this module cannot be applied."
+                f"{group.leader} was called with {len(x)} rows in a step of {active.num_rows}: the model routes rows "
+                "here, so an adapter on this module cannot be applied."
             )
-        self.kernels.apply(group, x, y, prepared)
+        change = active.changes.get(group.leader)
+        if change is None:
+            y = base(x)
+            self.kernels.apply(group, x, y, active.prepared)
+            return y
+        y = self._changes.product(group, base, x, change)
+        self.kernels.apply(group, x, y[:, : sum(group.out_features)], active.prepared)
+        return y.to(x.dtype)
 
-    def _prepared(self, rows: RowAdapters, *, is_head: bool) -> tuple[int, Any] | None:
-        return None if rows.is_base_only else (rows.num_rows, self.kernels.prepare(rows, is_head=is_head))
+    def _prepared(self, rows: RowAdapters, *, is_head: bool) -> _ActiveRows | None:
+        if rows.is_base_only:
+            self._forget(is_head=is_head)
+            return None
+        prepared = self.kernels.prepare(rows, is_head=is_head)
+        slots = {*rows.narrow_slots.tolist(), *(segment.slot for segment in rows.wide)}
+        rare = {slot for slot in slots if self.residency.has_parts[slot]}
+        if not rare:
+            self._forget(is_head=is_head)
+            return _ActiveRows(rows.num_rows, prepared, {})
+        return _ActiveRows(rows.num_rows, prepared, self._rare(rows, rare, is_head=is_head))
+
+    def _rare(self, rows: RowAdapters, slots: set[int], *, is_head: bool) -> Mapping[str, GroupChange]:
+        """Changes and hooks of the adapters in `slots`, made again only when the batch's members changed."""
+        epochs = tuple(self.residency.epochs[sorted(slots)].tolist())
+        key = (rows.num_rows, rows.narrow_rows.tobytes(), rows.narrow_slots.tobytes(), rows.wide, epochs)
+        kept = self._kept.get(is_head)
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        self._forget(is_head=is_head)
+        parts = rows_by_slot(rows, slots)
+        changes = self._changes.prepare(parts, is_head=is_head)
+        if not is_head:
+            assert self.hooks is not None, "attach the base before adapters act on it"
+            self.parts = parts
+            self.hooks.install(parts, rows.num_rows, self._add_products)
+        self._kept[is_head] = (key, changes)
+        return changes
+
+    def _add_products(self, group: SiteGroup, u: torch.Tensor, y: torch.Tensor, between: Between) -> None:
+        assert self._tokens is not None
+        self.kernels.apply(group, u, y, self._tokens.prepared, between)
+
+    def _forget(self, *, is_head: bool) -> None:
+        if self._kept.pop(is_head, None) is not None and not is_head and self.hooks is not None:
+            self.parts = ()
+            self.hooks.remove()
 
 
 class GroupProduct:
@@ -98,9 +164,7 @@ class GroupProduct:
         return columns
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.base(rows)
-        self._active.add_to(self.group, rows, y)
+        y = self._active.product(self.group, self.base, x.reshape(-1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

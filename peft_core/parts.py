@@ -3,7 +3,7 @@
 The low-rank form has a layout of its own in the image, because kernels read it by row number. All others are rare or
 small; a part is written as it is, and read back as the same form over views of the image.
 
-    {"form": "changes", "path": "model.layers.0.mlp.down_proj", "tensors": {"input_gain": [offset, [1536]]}, "values": {}}
+    {"form": "changes", "path": "model.layers.0.mlp.down_proj", "tensors": {"gain": [offset, [512]]}, "values": {}}
 """
 
 from __future__ import annotations
@@ -49,18 +49,16 @@ def read_parts(
     header: Mapping[str, Any], elements: torch.Tensor, linear: Mapping[str, LinearDelta] | None = None
 ) -> AdapterForms:
     """The forms over views of `elements` [num_elements], the payload of the image."""
-    keyed: dict[str, dict[str, Any]] = {name: {} for name in _KEYED}
-    single: dict[str, Any] = {}
+    forms: dict[str, Any] = {name: {} for name in _KEYED}
     for part in header["parts"]:
         name = part["form"]
         if name in _SINGLE:
-            single[name] = _read(_SINGLE[name], part, elements)
+            forms[name] = _read(_SINGLE[name], part, elements)
         else:
-            keyed[name][part["path"]] = _read(_KEYED[name], part, elements)
+            forms[name][part["path"]] = _read(_KEYED[name], part, elements)
     return AdapterForms(
         linear=linear or {},
-        **keyed,
-        **single,
+        **forms,
         invocation_tokens=tuple(header["invocation_tokens"]),
         vocab_size=header["vocab_size"],
     )

@@ -9,6 +9,8 @@ in each descriptor array; nothing is copied per step, whatever the mix of ranks.
         tiles[slot, group]      how many tiles, 0: this adapter does nothing there
         up_row[slot, part]      first row of the up tiles in pool.view(-1, up_tile)
         rank[slot, part]        exact rank, 0: this adapter does nothing there
+
+Forms other than the low-rank one are views of the image, kept by slot.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import numpy.typing as npt
 import torch
 
 from peft_core.errors import MalformedAdapter
-from peft_core.forms import LinearDelta
+from peft_core.forms import AdapterForms, KVPrefix, LinearDelta
 from peft_core.image import DTYPES, IMAGE_ALIGNMENT_BYTES, site_views
+from peft_core.parts import extents, read_parts
 from peft_core.sites import DOWN_TILE, SiteGroup
 
 Table = npt.NDArray[np.int64]
@@ -53,6 +56,8 @@ class Residency:
         self.rank: Table = np.zeros((0, sum(parts)), np.int64)  # [slots, parts]
         self.up_row: Table = np.zeros((0, sum(parts)), np.int64)  # [slots, parts]
         self.epochs: Table = np.zeros(0, np.int64)  # [slots]
+        self.has_parts: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)  # [slots] whether there is more than low rank
+        self._parts: dict[int, AdapterForms] = {}
         self._sites: dict[int, dict[str, tuple[dict[str, Any], int]]] = {}
         self._num_bytes: dict[int, int] = {}
 
@@ -90,12 +95,17 @@ class Residency:
             self.up_row[slot, parts] = (base + np.asarray(site["ups"])) // self.tile
             sites[site["leader"]] = (site, base)
         self._sites[slot] = sites
+        if header["parts"]:
+            self._parts[slot] = read_parts(header, self.elements[base:])
+            self.has_parts[slot] = True
         self._num_bytes[slot] = header["num_bytes"]
         self.epochs[slot] += 1
 
     def free(self, slot: int) -> None:
         """Forget the slot; its bytes belong to the caller again."""
         del self._num_bytes[slot], self._sites[slot]
+        self._parts.pop(slot, None)
+        self.has_parts[slot] = False
         for table in (self.tiles, self.down_row, self.rank, self.up_row):
             table[slot] = 0
         self.epochs[slot] += 1
@@ -107,6 +117,15 @@ class Residency:
             return {}
         site, base = entry
         return site_views(site, group, self.elements[base:], self.tile)
+
+    def parts(self, slot: int) -> AdapterForms:
+        """Everything but the low-rank form of one adapter, as views of the pool; `has_parts`: whether there is any."""
+        return self._parts[slot]
+
+    def prefix(self, slot: int) -> KVPrefix | None:
+        """Keys and values of the tokens before the prompt, if the adapter brings them."""
+        parts = self._parts.get(slot)
+        return None if parts is None else parts.prefix
 
     def _check(self, header: Mapping[str, Any]) -> None:
         for name, ours in (("dtype", self.dtype_name), ("up_tile", self.tile)):
@@ -123,6 +142,11 @@ class Residency:
                 raise MalformedAdapter(
                     f"the adapter image's part for {site['leader']} does not have this base's sizes, or reaches beyond "
                     "the image: it is damaged, or was packed for another base. Pack it again."
+                )
+        for first, size in extents(header):
+            if not 0 <= first <= num_elements - size:
+                raise MalformedAdapter(
+                    "a part of the adapter image reaches beyond the image: it is damaged. Pack it again."
                 )
 
     def _fits(self, site: Mapping[str, Any], group: SiteGroup, num_elements: int) -> bool:
@@ -143,3 +167,4 @@ class Residency:
             np.pad(table, ((0, more), (0, 0))) for table in (self.tiles, self.down_row, self.rank, self.up_row)
         )
         self.epochs = np.pad(self.epochs, (0, more))
+        self.has_parts = np.pad(self.has_parts, (0, more))

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import embedding
 
 from peft_core.kernels.base_product import can_stack
 from peft_core.spec import BaseModelSpec, BlockSite
@@ -53,12 +54,17 @@ def traced_spec(model: Any, spec: BaseModelSpec) -> BaseModelSpec:
     """
     modules = dict(model.named_modules())
     linear = [path for path, site in spec.sites.items() if site.kind in ("linear", "head")]
-    calls, norms = _Calls(), _Norms()
+    calls, norms, embeddings = _Calls(), _Norms(), set[str]()
     widths = {path: spec.sites[path].out_features for path in linear}
-    with _watched(modules, widths, calls), _watched_norms(modules, spec, norms), torch.inference_mode():
+    with ExitStack() as watches:
+        watches.enter_context(_watched(modules, widths, calls))
+        watches.enter_context(_watched_norms(modules, spec, norms))
+        watches.enter_context(_watched_embeddings(modules, spec, embeddings))
+        watches.enter_context(torch.inference_mode())
         tokens = torch.arange(NUM_TRACED_TOKENS, device=model.device)[None] % spec.vocab_size
         model(input_ids=tokens, use_cache=False)
     unreachable = calls.odd | {path for path in linear if not _sees_every_row(calls.inputs(path))}
+    unreachable |= {path for path, site in spec.sites.items() if site.kind == "embedding"} - embeddings
     return replace(
         spec,
         sites={path: site for path, site in spec.sites.items() if path not in unreachable},
@@ -112,7 +118,7 @@ def _watched_norms(modules: dict[str, nn.Module], spec: BaseModelSpec, norms: _N
             given = args[0] if args else kwargs.get("hidden_states")
             result = output[0] if isinstance(output, tuple) else output
             norm = norms.writers.get(id(given))
-            if norm is None or norm.rpartition(".")[0] != path.rpartition(".")[0]:
+            if given is None or norm is None or norm.rpartition(".")[0] != path.rpartition(".")[0]:
                 return
             if isinstance(result, torch.Tensor) and result.shape == given.shape:
                 norms.blocks[path] = BlockSite(path, norm, given.shape[-1])
@@ -124,6 +130,30 @@ def _watched_norms(modules: dict[str, nn.Module], spec: BaseModelSpec, norms: _N
     ]
     hooks = [modules[path].register_forward_hook(norm_hook(path)) for path in spec.norms]
     hooks += [modules[path].register_forward_hook(block_hook(path), with_kwargs=True) for path in containers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _watched_embeddings(modules: dict[str, nn.Module], spec: BaseModelSpec, plain: set[str]) -> Iterator[None]:
+    """Collects the embeddings that look up one row for each of the ids that they are given."""
+
+    def watch(path: str) -> Any:
+        def look(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            ids = args[0] if args else None
+            if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.numel() != NUM_TRACED_TOKENS:
+                return
+            rows = embedding(ids, module.get_parameter("weight")) * getattr(module, "embed_scale", 1.0)
+            if output.shape == rows.shape and torch.allclose(output, rows.to(output.dtype)):
+                plain.add(path)
+
+        return look
+
+    paths = [path for path, site in spec.sites.items() if site.kind == "embedding"]
+    hooks = [modules[path].register_forward_hook(watch(path)) for path in paths]
     try:
         yield
     finally:

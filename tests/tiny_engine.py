@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from peft_core.forms import AdapterForms
 from peft_core.image import pack, write_image
 from peft_core.methods import decode
 from peft_core.spec import BaseModelSpec
+from peft_core.traits import traits_of
 from server.engine.assembly import build_engine
 from server.engine.config import EngineConfig
 from server.engine.request import AdapterTicket, EngineRequest, FinishReason, SamplingParams
@@ -64,6 +66,23 @@ class MemoryTensors:
         return self.tensors[name]
 
 
+class ModelWeights:
+    """`BaseWeights` of a model that is in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def weight(self, path: str) -> torch.Tensor:
+        module = dict(self.model.named_modules()).get(path)
+        name = path if module is None else f"{path}.weight"
+        weight: torch.Tensor = self.model.get_parameter(name).detach().float()
+        return weight.T if type(module).__name__ == "Conv1D" else weight
+
+    def bias(self, path: str) -> torch.Tensor | None:
+        bias = getattr(self.model.get_submodule(path), "bias", None)
+        return bias.detach().float() if isinstance(bias, torch.Tensor) else None
+
+
 @dataclass(frozen=True)
 class _Shape:
     dtype: str
@@ -81,15 +100,20 @@ class TinyEngine:
         self.directory = directory
         self.engine, self.description = build_engine(EngineConfig(model=str(base), **values), _nobody_listens)
         self.spec = BaseModelSpec.from_json(self.description.spec)
+        self.base = ModelWeights(model)
 
     def add(self, name: str, adapter: Path) -> AdapterTicket:
         """Decode and pack an adapter directory, as the loader does."""
         config = json.loads((adapter / "adapter_config.json").read_text())
         tensors = MemoryTensors(load_file(str(adapter / "adapter_model.safetensors")))
-        image = pack(decode(config, tensors, self.spec).forms, self.spec, self.description.adapter_dtype)
+        return self.add_forms(name, decode(config, tensors, self.spec, self.base).forms)
+
+    def add_forms(self, name: str, forms: AdapterForms) -> AdapterTicket:
+        """Pack forms that no file was decoded for."""
+        image = pack(forms, self.spec, self.description.adapter_dtype)
         path = self.directory / f"{name}-{self.description.adapter_dtype}.img"
         write_image(path, image)
-        return AdapterTicket(f"digest-of-{name}", name, str(path), image.num_bytes)
+        return AdapterTicket(f"digest-of-{name}", name, str(path), image.num_bytes, traits_of(forms))
 
     def submit(self, ask: Ask) -> None:
         params = SamplingParams(max_new_tokens=ask.num_tokens, ignore_eos=True, num_logprobs=VOCAB)

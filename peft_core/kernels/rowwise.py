@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_core.batch import RowAdapters, Segment
+from peft_core.batch import Between, RowAdapters, Segment
 from peft_core.kernels.gathers import GatherBuilder, GroupGather, group_shape
 from peft_core.residency import Residency
 from peft_core.sites import DOWN_TILE, SiteGroup
@@ -71,7 +71,9 @@ class RowwiseKernels:
             self._kept[is_head] = kept = (key, self._builders[is_head].build(rows))
         return RowwisePlan(kept[1], self._runs(rows.wide))
 
-    def apply(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, plan: RowwisePlan) -> None:
+    def apply(
+        self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, plan: RowwisePlan, between: Between | None = None
+    ) -> None:
         """x: [rows, in_features], y: [rows, sum(out_features)], changed in place."""
         index = self.residency.group_index[group.leader]
         gather = plan.gathers.get(index)
@@ -79,21 +81,25 @@ class RowwiseKernels:
             return
         x = x.to(self.residency.dtype)
         if gather is not None:
-            self._add_narrow(index, gather, x, y)
+            self._add_narrow(index, gather, x, y, between)
         for run in plan.runs:
             if self.is_batched and y.dtype == x.dtype:
-                self._add_run(index, run, x, y)
+                self._add_run(index, run, x, y, between)
             else:
                 for segment in run:
-                    self._add_wide(index, segment, x, y)
+                    self._add_wide(index, segment, x, y, between)
 
-    def _add_narrow(self, index: int, gather: GroupGather, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _add_narrow(
+        self, index: int, gather: GroupGather, x: torch.Tensor, y: torch.Tensor, between: Between | None
+    ) -> None:
         entries = len(gather.rows)
         if gather.tile_rows is None:
             inputs = x[gather.first_row : gather.first_row + entries]
         else:
             inputs = x.index_select(0, gather.tile_rows)
         hidden = _weighted_sums(self.residency.down_table, gather.down_rows, gather.down_bags, inputs.reshape(-1))
+        if between is not None:
+            hidden = between(hidden, gather.rows if gather.tile_rows is None else gather.tile_rows)
         weights = hidden.view(-1).index_select(0, gather.hidden)
         if gather.scales is not None:
             weights = weights * gather.scales
@@ -107,13 +113,17 @@ class RowwiseKernels:
         else:  # add before rounding to the base's dtype
             y.add_(torch.zeros(y.shape, dtype=delta.dtype).index_add_(0, gather.rows, delta))
 
-    def _add_wide(self, index: int, segment: Segment, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _add_wide(
+        self, index: int, segment: Segment, x: torch.Tensor, y: torch.Tensor, between: Between | None
+    ) -> None:
         matrices = self._matrices(segment.slot)[index]
         if matrices is None:
             return
         rows = slice(segment.start, segment.end)
         in_features = self.residency.groups[index].in_features
         hidden = x[rows] @ matrices.down.permute(1, 0, 2).reshape(in_features, -1)
+        if between is not None:
+            hidden = between(hidden, torch.arange(segment.start, segment.end))
         for start, end, column, up in matrices.members:
             out_tiles, rank, tile = up.shape
             columns = up.permute(1, 0, 2).reshape(rank, out_tiles * tile)[:, : end - start]
@@ -140,7 +150,9 @@ class RowwiseKernels:
                 runs.append([segment])
         return tuple(tuple(run) for run in runs)
 
-    def _add_run(self, index: int, run: tuple[Segment, ...], x: torch.Tensor, y: torch.Tensor) -> None:
+    def _add_run(
+        self, index: int, run: tuple[Segment, ...], x: torch.Tensor, y: torch.Tensor, between: Between | None
+    ) -> None:
         """All segments of a run at once: members on the diagonal of one up matrix, ranks padded to the widest."""
         matrices = [self._matrices(segment.slot)[index] for segment in run]
         num_tiles = max((len(one.down) for one in matrices if one is not None), default=0)
@@ -161,6 +173,8 @@ class RowwiseKernels:
                 )
         rows = slice(run[0].start, run[-1].end)
         hidden = torch.bmm(x[rows].view(len(run), -1, in_features), down.flatten(2))
+        if between is not None:
+            hidden = between(hidden.flatten(0, 1), torch.arange(rows.start, rows.stop)).view_as(hidden)
         y[rows].view(len(run), -1, out_features).baddbmm_(hidden, up)
 
     def _matrices(self, slot: int) -> tuple[_Matrices | None, ...]:

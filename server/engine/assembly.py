@@ -59,7 +59,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Engi
     residency = Residency(cache.pool, groups, up_tile(base.spec), adapter_dtype)
     active = ActiveBatch(_kernels(residency, device))
     progress("attach", 0.0)
-    attach(base.model, groups, active)
+    attach(base.model, base.spec, active)
     base.model.set_attn_implementation(PAGED_ATTENTION)
     vocab_size = plain.logits[0].shape[-1]
     sampler = Sampler(config.max_num_seqs, vocab_size, base.max_model_len, device, base.eos_token_ids)

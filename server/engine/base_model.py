@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,13 @@ def load_base_model(config: EngineConfig, progress: Callable[[str, float], None]
     progress("trace", 0.0)
     spec = BaseModelSpec.from_model(model, fingerprint_of_files(directory), name=config.name or config.model)
     max_length = max_model_len(text_config, config.max_model_len)
+    kv_shape = probe_kv_shape(model, config.block_size, max_length)
+    spec = replace(traced_spec(model, spec), num_kv_heads=kv_shape.num_kv_heads, head_dim=kv_shape.head_dim)
     return BaseModel(
         model,
         directory,
-        traced_spec(model, spec),
-        probe_kv_shape(model, config.block_size, max_length),
+        spec,
+        kv_shape,
         max_length,
         _eos_token_ids(directory, text_config),
     )

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from peft_core.batch import AdapterBatch, RowAdapters
+from peft_core.batch import AdapterBatch, Between, RowAdapters
 from peft_core.layers import ActiveBatch
+from peft_core.residency import Residency
 from peft_core.sites import SiteGroup
 
 GROUP = SiteGroup(("a",), 4, (4,))
+EMPTY = {"dtype": "float32", "up_tile": 8, "num_bytes": 0, "sites": [], "parts": []}
 
 
 class CountingKernels:
@@ -20,14 +22,22 @@ class CountingKernels:
 
     def __init__(self, num_failures: int = 0) -> None:
         self.num_failures = num_failures
+        self.residency = Residency(torch.zeros(1024, dtype=torch.uint8), (GROUP,), 8, "float32")
+        self.residency.bind(0, EMPTY, 0)
 
     def prepare(self, rows: RowAdapters, *, is_head: bool = False) -> Any:
         if self.num_failures:
             self.num_failures -= 1
             raise MemoryError
 
-    def apply(self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, prepared: Any) -> None:
+    def apply(
+        self, group: SiteGroup, x: torch.Tensor, y: torch.Tensor, prepared: Any, between: Between | None = None
+    ) -> None:
         y += 1
+
+
+def base(x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(x)
 
 
 def batch() -> AdapterBatch:
@@ -36,20 +46,18 @@ def batch() -> AdapterBatch:
 
 
 def test_outside_of_a_step_nothing_is_added() -> None:
-    active, x, y = ActiveBatch(CountingKernels()), torch.zeros(2, 4), torch.zeros(2, 4)
+    active, x = ActiveBatch(CountingKernels()), torch.zeros(2, 4)
     with active.use(batch()):
-        active.add_to(GROUP, x, y)
-    active.add_to(GROUP, x, y)
-    assert torch.equal(y, torch.ones(2, 4))
+        assert torch.equal(active.product(GROUP, base, x), torch.ones(2, 4))
+    assert torch.equal(active.product(GROUP, base, x), torch.zeros(2, 4))
 
 
 def test_a_step_that_could_not_be_prepared_is_followed_by_good_ones() -> None:
-    active, y = ActiveBatch(CountingKernels(num_failures=1)), torch.zeros(2, 4)
+    active = ActiveBatch(CountingKernels(num_failures=1))
     with pytest.raises(MemoryError), active.use(batch()):
         pass
     with active.use(batch()):
-        active.add_to(GROUP, torch.zeros(2, 4), y)
-    assert torch.equal(y, torch.ones(2, 4))
+        assert torch.equal(active.product(GROUP, base, torch.zeros(2, 4)), torch.ones(2, 4))
 
 
 def test_one_forward_pass_at_a_time() -> None:
