@@ -3,8 +3,8 @@
     {"prompt": "Preheat the oven", "adapter": "pirate", "max_new_tokens": 20, "id": "a7"}
 
 A JSON line must have `prompt` (text, or a list of token ids); `adapter` names one of the run's adapters, null is the
-base; `max_new_tokens`, `seed` and `stop` override the run's own; `id` is handed through. Anything else is refused, so
-that no misspelt field is a default. A bad line is an answer of its own kind, never the end of the run.
+base; `task_id` is for adapters of several tasks; `max_new_tokens`, `seed` and `stop` override the run's own; `id` is
+handed through. Anything else is refused, so that no misspelt field is a default. A bad line is an answer of its own kind, never the end of the run.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def _request(
         prompt,
         params,
         adapter,
+        overrides.get("task_id"),
         stop=tuple(overrides.get("stop", defaults.stop)),
         include_stop=defaults.include_stop,
         echo=defaults.echo,
@@ -124,6 +125,7 @@ def _is_int(value: Any) -> bool:
 
 
 _OVERRIDES: dict[str, tuple[Any, str]] = {
+    "task_id": (lambda value: value is None or (_is_int(value) and value >= 0), "a whole number from 0"),
     "max_new_tokens": (lambda value: _is_int(value) and value >= 1, "a whole number from 1"),
     "seed": (lambda value: _is_int(value) and 0 <= value < 2**63, "a whole number from 0"),
     "stop": (

@@ -6,6 +6,11 @@
         adapter_model.safetensors
         training_args.bin   not copied
       org/poet/             name "org/poet"
+      both/                 name "both", as PEFT saves a model of several adapters
+        adapter_config.json
+        adapter_model.safetensors
+        other/              name "both/other"
+      checkpoint-500/       below an adapter: passed over, a trainer's
 
 A directory is never served from: its files are copied into the store, so changing them in place changes nothing that
 runs.
@@ -14,17 +19,28 @@ runs.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters_store.errors import FileRefused
 from adapters_store.record import Source
-from adapters_store.staging import CONFIG_FILE, WEIGHTS_FILE, Stage, check_path, is_allowed
+from adapters_store.staging import (
+    CONFIG_FILE,
+    HUB_WEIGHTS_FILE,
+    MLX_WEIGHTS_FILE,
+    WEIGHTS_FILE,
+    Stage,
+    check_path,
+    is_allowed,
+)
 from server.library.errors import NotADirectory
 
 _CHUNK_BYTES = 1 << 20
-_PICKLED_WEIGHTS = "adapter_model.bin"
+_OTHER_WEIGHTS = ("adapter_model.bin", "pytorch_adapter.bin", MLX_WEIGHTS_FILE)  # each refused with its own advice
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +62,23 @@ class AdapterDirectory:
         """Adds its files to a stage; files that are no adapter's are left out.
 
         Raises:
-            FileRefused: its weights are a pickle.
+            FileRefused: its weights are a pickle, or in a format that must be converted first; see `adapter_in`.
             UploadRefused, DiskFull: as `Stage.add_file`.
             OSError: a file cannot be read.
         """
-        if not (self.path / WEIGHTS_FILE).exists() and (self.path / _PICKLED_WEIGHTS).exists():
-            check_path(_PICKLED_WEIGHTS)
+        home = adapter_in(self.path)
+        if not any((home / name).exists() for name in (WEIGHTS_FILE, HUB_WEIGHTS_FILE)):
+            for name in _OTHER_WEIGHTS:
+                if (home / name).exists():
+                    check_path(name)
         for file in self._files():
             with file.open("rb") as opened, stage.open_file(file.name, num_bytes=file.stat().st_size) as sink:
                 while chunk := opened.read(_CHUNK_BYTES):
                     sink.write(chunk)
 
     def _files(self) -> list[Path]:
-        return sorted(path for path in self.path.iterdir() if is_allowed(path.name) and path.is_file())
+        home = adapter_in(self.path)
+        return sorted(path for path in home.iterdir() if is_allowed(path.name) and path.is_file())
 
 
 def find_directories(root: Path) -> list[AdapterDirectory]:
@@ -75,10 +95,31 @@ def find_directories(root: Path) -> list[AdapterDirectory]:
     for path in _subdirectories(root):
         if (path / CONFIG_FILE).exists():
             found.append(AdapterDirectory(path.name, path))
-            continue
-        inner = (child for child in _subdirectories(path) if (child / CONFIG_FILE).exists())
-        found += [AdapterDirectory(f"{path.name}/{child.name}", child) for child in inner]
+        found += [AdapterDirectory(f"{path.name}/{child.name}", child) for child in _adapters_in(path)]
     return sorted(found, key=lambda directory: directory.name)
+
+
+def adapter_in(path: Path) -> Path:
+    """Where the adapter is that a directory means: the directory, or its only sub-folder that holds one.
+
+    PEFT saves an adapter that is not called "default" into a folder of its name.
+
+    Raises:
+        FileRefused: there are several, and which one is meant cannot be known.
+    """
+    if (path / CONFIG_FILE).exists() or not path.is_dir():
+        return path
+    inner = _adapters_in(path)
+    if len(inner) > 1:
+        names = ", ".join(child.name for child in inner)
+        raise FileRefused(f"{path} holds several adapters: {names}. Name one of these folders.")
+    return inner[0] if inner else path
+
+
+def _adapters_in(path: Path) -> list[Path]:
+    is_adapter = (path / CONFIG_FILE).exists()
+    children = [child for child in _subdirectories(path) if (child / CONFIG_FILE).exists()]
+    return [child for child in children if not (is_adapter and _CHECKPOINT.fullmatch(child.name))]
 
 
 def _subdirectories(path: Path) -> Iterator[Path]:

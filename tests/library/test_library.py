@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from adapters_store.errors import AdapterNotFound, InvalidHeader, InvalidName, VersionNotFound
-from adapters_store.record import VersionState
+from adapters_store.record import Content, VersionState
 from peft_core.image import read_header
+from peft_core.traits import AdapterTraits
 from server.library.errors import AdapterUnusable
+from server.library.lease import AdapterLease
 from server.loader.errors import AdapterRefused, LoaderUnavailable
 from tests.library.library_samples import (
     drop_image,
@@ -292,3 +296,16 @@ async def test_the_list_has_every_adapter_sorted(tmp_path: Path) -> None:
         assert [record.name for record in library.page("org/").records] == ["org/a"]
         with pytest.raises(AdapterNotFound):
             await library.show("c")
+
+
+@in_a_loop
+async def test_a_ticket_carries_the_traits_of_its_version_and_old_records_those_of_lora(tmp_path: Path) -> None:
+    async with open_library(tmp_path / "store") as (library, _):
+        version = (await upload(library, "sql", make_files())).version
+        with await library.resolve("sql") as lease:
+            assert lease.ticket.traits == AdapterTraits()
+        traits = AdapterTraits(num_virtual_tokens=8, first_position=8, num_tasks=3, invocation_tokens=(1, 2))
+        for report, expected in (({"traits": traits.to_json()}, traits), ({}, AdapterTraits())):
+            stored: Any = SimpleNamespace(version=replace(version, content=Content("sha256:e", "base", report=report)))
+            image: Any = SimpleNamespace(path=tmp_path, num_bytes=1)
+            assert AdapterLease(stored, image).ticket.traits == expected

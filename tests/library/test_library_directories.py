@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from adapters_store.errors import FileRefused
 from adapters_store.record import VersionState
 from server.library.directory import AdapterDirectory
 from server.library.errors import AdapterUnusable, NotADirectory
@@ -171,3 +173,53 @@ async def test_pages_hold_failed_directories_where_their_names_belong(tmp_path: 
         rest = library.page(after="a-broken", state=VersionState.FAILED)
         assert ([record.name for record in rest.records], rest.next_after) == (["z-broken"], None)
         assert library.num_by_state() == {VersionState.READY: 2, VersionState.FAILED: 2}
+
+
+@in_a_loop
+async def test_a_model_of_several_adapters_is_as_many_and_a_trainers_checkpoints_are_none(
+    tmp_path: Path, adapters: Path
+) -> None:
+    write_files(adapters / "both", make_files(3))
+    write_files(adapters / "both" / "other", make_files(4))
+    write_files(adapters / "both" / "checkpoint-500", make_files(5))
+    async with open_library(tmp_path / "store") as (library, _):
+        result = await library.discover(adapters)
+        assert result == (["both", "both/other", "org/poet", "sql"], [], {})
+        assert {file.path for file in library.look_up("both").files} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+
+
+@in_a_loop
+async def test_a_folder_with_one_named_adapter_in_it_is_that_adapter(tmp_path: Path) -> None:
+    write_files(tmp_path / "out" / "poet", make_files(3))
+    async with open_library(tmp_path / "store") as (library, _):
+        await library.register(AdapterDirectory("mine", tmp_path / "out"))
+        assert (await library.discover(tmp_path)).added == ["out/poet"]
+        write_files(tmp_path / "out" / "sql", make_files(4))
+        with pytest.raises(FileRefused, match="several adapters: poet, sql"):
+            await library.register(AdapterDirectory("mine", tmp_path / "out"))
+
+
+@in_a_loop
+async def test_the_files_of_another_library_are_taken_to_its_decoder(tmp_path: Path, adapters: Path) -> None:
+    config = json.dumps({"config": {"architecture": "what"}, "model_type": "llama", "version": "adapters.1.3.0"})
+    files = {"adapter_config.json": config.encode(), "head_config.json": b"{}"}
+    weights = make_files()["adapter_model.safetensors"]
+    write_files(adapters / "hub", {**files, "adapter.safetensors": weights})
+    write_files(adapters / "two", {**files, "adapter.safetensors": weights, "adapter_model.safetensors": weights})
+    async with open_library(tmp_path / "store") as (library, loader):
+        failed = (await library.discover(adapters)).failed
+        assert sorted(failed) == ["hub", "two"]
+        assert "AdapterHub" in failed["hub"] or "architecture" in failed["hub"]
+        assert "Remove one" in failed["two"]
+        assert loader.num_jobs == 3
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_adapter.bin", "adapters.safetensors"])
+@in_a_loop
+async def test_what_must_be_converted_is_refused_with_the_command(tmp_path: Path, name: str) -> None:
+    write_files(tmp_path / "all" / "x", {"adapter_config.json": b"{}", name: b"\x80"})
+    async with open_library(tmp_path / "store") as (library, _):
+        assert "veneer adapters convert" in (await library.discover(tmp_path / "all")).failed["x"]

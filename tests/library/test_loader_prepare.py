@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save
 
 from peft_core.image import DTYPES, Image, read_header, unpack
+from peft_core.traits import AdapterTraits
 from server.loader.errors import AdapterRefused
 from server.loader.job import Prepared, PrepareJob
 from server.loader.prepare import MAX_CONFIG_BYTES, Packer
@@ -151,3 +153,27 @@ def test_a_file_that_is_gone_is_told(tmp_path: Path) -> None:
     job = PrepareJob({**files, "adapter_model.safetensors": str(tmp_path / "nowhere")}, str(tmp_path / "image"))
     with pytest.raises(AdapterRefused, match="cannot be read"):
         Packer(make_target()).prepare(job)
+
+
+def test_an_untrained_adapter_is_told_to_change_nothing(tmp_path: Path) -> None:
+    trained = prepare(tmp_path / "trained", make_files())
+    assert not any("changes nothing" in warning for warning in trained.report["warnings"])
+    tensors = {name: value if "lora_A" in name else 0 * value for name, value in make_tensors().items()}
+    untrained = prepare(tmp_path / "untrained", with_tensors(tensors))
+    assert any("changes nothing" in warning for warning in untrained.report["warnings"])
+
+
+def test_the_report_carries_what_the_engine_must_know_before_it_loads(tmp_path: Path) -> None:
+    traits = prepare(tmp_path, make_files()).report["traits"]
+    assert AdapterTraits.from_json(json.loads(json.dumps(traits))) == AdapterTraits()
+
+
+def test_images_for_a_base_in_another_dtype_are_of_another_variant() -> None:
+    target = make_target()
+    assert Packer(target).variant != Packer(replace(target, base_dtype="bfloat16")).variant
+
+
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path: Path) -> None:
+    weights = make_files()["adapter_model.safetensors"]
+    error = refusal(tmp_path, make_files() | {"model_head.safetensors": weights})
+    assert "another file" in error.message
