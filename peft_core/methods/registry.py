@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from peft_core.forms import AdapterForms
 from peft_core.methods import lora
 from peft_core.methods.base_weights import BaseWeights
+from peft_core.methods.dense import MAX_DENSE_BYTES, require_dense_fits
 from peft_core.methods.kinds import kind_of, refuse_kind
 from peft_core.methods.report import Decoded, DecodeReport
 from peft_core.methods.tensors import Header, TensorSource
@@ -36,21 +37,29 @@ _PLANNERS: Mapping[str, Planner] = {lora.KIND: lora.plan_lora}
 SERVED_KINDS = tuple(sorted(_PLANNERS))
 
 
-def check(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> DecodeReport:
+def check(
+    config: Mapping[str, Any], header: Header, spec: BaseModelSpec, *, max_dense_bytes: int = MAX_DENSE_BYTES
+) -> DecodeReport:
     """Decide from names and shapes whether an adapter can be served on a base, and how.
 
     Args:
         config: adapter_config.json, its objects in the order of the file (patterns depend on it).
         header: name -> dtype and shape of every tensor in the file.
+        max_dense_bytes: what one adapter's whole matrices may take, see `peft_core.methods.dense`.
 
     Raises:
         UnsupportedAdapter, MalformedAdapter, BaseMismatch: naming the field or the tensor that is to blame.
     """
-    return _plan(config, header, spec).report
+    return _plan(config, header, spec, max_dense_bytes).report
 
 
 def decode(
-    config: Mapping[str, Any], tensors: TensorSource, spec: BaseModelSpec, base: BaseWeights | None = None
+    config: Mapping[str, Any],
+    tensors: TensorSource,
+    spec: BaseModelSpec,
+    base: BaseWeights | None = None,
+    *,
+    max_dense_bytes: int = MAX_DENSE_BYTES,
 ) -> Decoded:
     """Turn an adapter into forms: float32, on the host, scalings folded in.
 
@@ -60,12 +69,14 @@ def decode(
     Raises:
         UnsupportedAdapter, MalformedAdapter, BaseMismatch: as `check`, and for values that are NaN or infinite.
     """
-    plan = _plan(config, tensors.header, spec)
+    plan = _plan(config, tensors.header, spec, max_dense_bytes)
     return Decoded(plan.read(tensors, base), plan.report)
 
 
-def _plan(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> Plan:
+def _plan(config: Mapping[str, Any], header: Header, spec: BaseModelSpec, max_dense_bytes: int) -> Plan:
     kind = kind_of(config)
     if kind not in _PLANNERS:
         refuse_kind(kind, SERVED_KINDS)
-    return _PLANNERS[kind](config, header, spec)
+    plan = _PLANNERS[kind](config, header, spec)
+    require_dense_fits(plan.report, max_dense_bytes)
+    return plan
