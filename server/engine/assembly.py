@@ -63,7 +63,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Engi
     base.model.set_attn_implementation(PAGED_ATTENTION)
     vocab_size = plain.logits[0].shape[-1]
     sampler = Sampler(config.max_num_seqs, vocab_size, base.max_model_len, device, base.eos_token_ids)
-    runner = ModelRunner(base.model, cache, active, sampler)
+    runner = ModelRunner(base.model, cache, active, sampler, residency.prefix)
     progress("self-check", 0.0)
     _log.info("self-check: largest difference %.1e of the largest logit", self_check(runner, plain, config.block_size))
     blocks = BlockManager(num_units, enable_prefix_caching=config.enable_prefix_caching)
