@@ -52,7 +52,7 @@ def load_base_model(config: EngineConfig, progress: Callable[[str, float], None]
         EngineStartError: it does not exist, cannot be read, or cannot be served.
     """
     progress("find model", 0.0)
-    directory = _find(config)
+    directory = find_model(config.model, config.revision)
     with _told_as_start_error(directory):
         model_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     text_config = model_config.get_text_config()
@@ -148,14 +148,15 @@ def _original_length(text_config: Any, parameters: Mapping[str, Any]) -> int:
     return int(length)
 
 
-def _find(config: EngineConfig) -> Path:
-    if Path(config.model).is_dir():
-        return Path(config.model)
+def find_model(model: str, revision: str | None = None) -> Path:
+    """The directory of a model that is one, or is downloaded into one. Raises EngineStartError."""
+    if Path(model).is_dir():
+        return Path(model)
     try:
-        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise EngineStartError(
-            f"{config.model} is neither a directory here nor a model that the hub gives out: {error}"
+            f"{model} is neither a directory here nor a model that the hub gives out: {error}"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def open_base(model: PreTrainedModel, directory: Path, dtype: torch.dtype = torc
 
 def expected_weight(model: PreTrainedModel, path: str) -> torch.Tensor:
     module = model.get_submodule(path)
-    weight = module.get_parameter("weight")
+    weight: torch.Tensor = module.get_parameter("weight")
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -40,7 +41,9 @@ def test_every_weight_and_bias_is_the_models(tmp_path: Path, arch: str) -> None:
     for path in (path for path, site in spec.sites.items() if site.kind != "embedding"):
         bias, expected = base.bias(path), getattr(model.get_submodule(path), "bias", None)
         assert (bias is None) == (expected is None), path
-        assert bias is None or torch.equal(bias, expected), path
+        if bias is not None:
+            assert isinstance(expected, torch.Tensor)
+            assert torch.equal(bias, expected), path
     for name, shape in spec.expert_parameters.items():
         assert tuple(base.weight(name).shape) == shape
         assert torch.equal(base.weight(name), model.get_parameter(name)), name
@@ -53,7 +56,12 @@ def test_stacked_experts_load_the_model_once_and_let_it_go(tmp_path: Path, monke
     from server.loader import base_weights
 
     original = base_weights._load
-    monkeypatch.setattr(base_weights, "_load", lambda path: loaded.append(path) or original(path))
+
+    def load(path: Path) -> Any:
+        loaded.append(path)
+        return original(path)
+
+    monkeypatch.setattr(base_weights, "_load", load)
     names = list(BaseModelSpec.from_model(model, "test").expert_parameters)
     is_renamed = not any(name in base._find_places() for name in names)
     for name in names:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def test_neutral_numbers_change_nothing(forms: AdapterForms) -> None:
     "forms",
     [
         AdapterForms(linear={"a": LinearDelta(DOWN, HALF)}),
-        *(AdapterForms(changes={"a": SiteChange(**{part: 2 * ONES})}) for part in ("gain", "shift", "input_gain")),
+        *(AdapterForms(changes={"a": replace(NEUTRAL, **{part: 2 * ONES})}) for part in ("gain", "shift", "input_gain")),
         AdapterForms(changes={"a": SiteChange(cos=ZEROS, sin=ONES, turn_group=2)}),
         AdapterForms(changes={"a": SiteChange(rotation=-EYE)}),
         AdapterForms(changes={"a": SiteChange(dense=torch.ones(4, 4))}),
