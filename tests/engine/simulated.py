@@ -1,18 +1,21 @@
 """A device that cheats in nothing but arithmetic: it keeps K/V and images in units, and notices every clobbered one.
 
-The K/V of a token is a digest of the adapter, the tenant and everything before it; a token is drawn from that digest.
+The K/V of a token is a digest of the adapter (once it acts), the tenant and everything before it; a token is drawn
+from that digest.
 So an answer depends on (adapter, history) alone, and a block that was shared, freed or overwritten wrongly is seen.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from peft_core.traits import AdapterTraits
 from server.engine.adapter_manager import AdapterManager
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
@@ -22,6 +25,7 @@ from server.engine.limits import EngineLimits
 from server.engine.request import AdapterTicket, EngineRequest, RequestDelta, SamplingParams, TokenLogprobs
 from server.engine.sequence import Sequence, SequenceTable
 from server.engine.step import ImageRead, StepOutput, StepPlan, StepResult
+from server.engine.token_layout import NEVER, layout_of
 
 VOCAB_SIZE = 64
 EOS = 63
@@ -29,8 +33,8 @@ UNIT_BYTES = 100
 BLOCK_SIZE = 4
 
 
-def ticket(name: str, units: int = 2) -> AdapterTicket:
-    return AdapterTicket(key=f"key of {name}", name=name, image_path=f"{name}.img", num_bytes=units * UNIT_BYTES)
+def ticket(name: str, units: int = 2, **traits: Any) -> AdapterTicket:
+    return AdapterTicket(f"key of {name}", name, f"{name}.img", units * UNIT_BYTES, AdapterTraits(**traits))
 
 
 def ask(
@@ -41,20 +45,37 @@ def ask(
     max_new_tokens: int = 4,
     salt: str = "",
     deadline_s: float | None = None,
+    task_id: int | None = None,
     **params: Any,
 ) -> EngineRequest:
     params.setdefault("ignore_eos", True)
     sampling = SamplingParams(max_new_tokens=max_new_tokens, **params)
-    return EngineRequest(request_id, tuple(prompt), sampling, adapter, salt, deadline_s)
+    return EngineRequest(request_id, tuple(prompt), sampling, adapter, salt, deadline_s, task_id)
 
 
 def _next_digest(digest: int, token: int) -> int:
     return hash((digest, token))
 
 
-def _start_digest(request: EngineRequest) -> int:
-    key = "base" if request.adapter is None else request.adapter.key
-    return zlib.crc32(f"{key}|{request.cache_salt}".encode())  # the same in every process, unlike hash(str)
+def _digest_of(text: str) -> int:
+    return zlib.crc32(text.encode())  # the same in every process, unlike hash(str)
+
+
+def _layout(request: EngineRequest) -> Any:
+    traits = AdapterTraits() if request.adapter is None else request.adapter.traits
+    return layout_of(traits, request.token_ids, request.task_id)
+
+
+def _digests(request: EngineRequest, tokens: Tokens[int]) -> Iterator[int]:
+    """After each of the tokens, virtual ones included: the base's until the adapter acts."""
+    active_from = NEVER if request.adapter is None else _layout(request).active_from
+    digest = _digest_of(f"base|{request.cache_salt}")
+    for position, token in enumerate(tokens):
+        if position == active_from:
+            assert request.adapter is not None
+            digest = _next_digest(digest, _digest_of(request.adapter.key))
+        digest = _next_digest(digest, int(token))
+        yield digest
 
 
 def _token_of(digest: int, vocab_size: int) -> int:
@@ -63,14 +84,13 @@ def _token_of(digest: int, vocab_size: int) -> int:
 
 def expected_tokens(request: EngineRequest, count: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """The reference: what the request is answered if nobody else is there and nothing ever goes wrong."""
-    digest = _start_digest(request)
-    for token in request.token_ids:
-        digest = _next_digest(digest, token)
-    answer: list[int] = []
+    tokens: list[int] = _layout(request).tokens(request.token_ids).tolist()
+    num_known = len(tokens)
+    *_, digest = _digests(request, tokens)
     for _ in range(count):
-        answer.append(_token_of(digest, vocab_size))
-        digest = _next_digest(digest, answer[-1])
-    return answer
+        tokens.append(_token_of(digest, vocab_size))
+        digest = _next_digest(digest, tokens[-1])
+    return tokens[num_known:]
 
 
 class Corruption(BaseException):
@@ -205,9 +225,8 @@ class SimulatedRunner:
         _require(self.joined[row] == name, f"row {row} is not {name}'s")
         self._check_adapter(sequence, int(table.slot[row]))
         _require(int(table.num_blocks[row]) * BLOCK_SIZE >= start + count, f"{name} has too few blocks")
-        digest = _start_digest(sequence.request)
-        for position in range(start + count):
-            digest = _next_digest(digest, int(table.tokens[row, position]))
+        digest = 0
+        for position, digest in enumerate(_digests(sequence.request, table.tokens[row, : start + count].tolist())):
             unit, offset = int(table.blocks[row, position // BLOCK_SIZE]), position % BLOCK_SIZE
             if position < start:
                 known = units[unit].get(offset) if isinstance(units[unit], dict) else units[unit]
@@ -230,7 +249,8 @@ class SimulatedRunner:
 
     def _judge_prompt(self, sequence: Sequence, plan: StepPlan, index: int) -> list[TokenLogprobs]:
         start, end = int(plan.starts[index]), int(plan.starts[index] + plan.counts[index])
-        prompt = sequence.request.token_ids
+        prompt, num_virtual = sequence.request.token_ids, sequence.layout.num_virtual
+        start, end = max(0, start - num_virtual), end - num_virtual
         _require(start < len(prompt), "a prompt is judged that was told of already")
         return [TokenLogprobs(prompt[p], -float(p), 1, ()) for p in range(start + 1, min(end, len(prompt) - 1) + 1)]
 

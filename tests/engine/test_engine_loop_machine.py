@@ -15,7 +15,13 @@ from server.engine.errors import AdapterBusy, NoRoomForAdapter, RequestRefused, 
 from server.engine.request import AdapterTicket, EngineRequest, FinishReason
 from tests.engine.simulated import Bench, ask, expected_tokens, ticket
 
-ADAPTERS = [ticket(f"adapter {units}", units) for units in (1, 2, 3, 5, 8)]
+ADAPTERS = [
+    *(ticket(f"adapter {units}", units) for units in (1, 2, 3, 5, 8)),
+    ticket("virtual", num_virtual_tokens=6, first_position=6),
+    ticket("prefix", num_virtual_tokens=9, has_prefix=True),
+    ticket("invoked", invocation_tokens=(3,)),
+    ticket("invoked late", invocation_tokens=(10, 11)),
+]
 MAX_PASS_OVER_STEPS = 6
 
 

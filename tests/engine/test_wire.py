@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_core.traits import PLAIN_TRAITS, AdapterTraits
 from server.channel import FrameDecoder, encode
 from server.engine import wire
 from server.engine.description import EngineDescription
@@ -45,7 +46,18 @@ params = st.builds(
     num_logprobs=st.none() | st.integers(0, 20),
     num_prompt_logprobs=st.none() | st.integers(0, 20),
 )
-tickets = st.builds(AdapterTicket, key=texts, name=texts, image_path=texts, num_bytes=ids)
+traits = st.builds(
+    AdapterTraits,
+    num_virtual_tokens=ids,
+    first_position=ids,
+    num_tasks=ids,
+    has_prefix=st.booleans(),
+    invocation_tokens=st.lists(ids, max_size=3).map(tuple),
+    vocab_size=st.none() | ids,
+)
+tickets = st.builds(
+    AdapterTicket, key=texts, name=texts, image_path=texts, num_bytes=ids, traits=st.just(PLAIN_TRAITS) | traits
+)
 requests = st.builds(
     EngineRequest,
     request_id=texts,
@@ -54,6 +66,7 @@ requests = st.builds(
     adapter=st.none() | tickets,
     cache_salt=texts,
     deadline_s=st.none() | finite,
+    task_id=st.none() | ids,
 )
 logprobs = st.builds(TokenLogprobs, token_id=ids, logprob=finite, rank=ids, top=pairs)
 deltas = st.builds(
