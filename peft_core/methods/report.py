@@ -45,7 +45,7 @@ class DecodeReport:
     warnings: tuple[str, ...]  # sentences for whoever uploaded it
     forms: tuple[FormName, ...] = ("low rank",)  # what it becomes, each once
     needs_base: bool = False  # decoding reads weights of the base
-    dense_bytes: int = 0  # float32, of weights as large as the base's: dense updates and replacements
+    dense_bytes: int = 0  # float32, of dense updates; replaced modules are not counted
 
     @property
     def ranks(self) -> tuple[int, ...]:

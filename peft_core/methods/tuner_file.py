@@ -23,6 +23,7 @@ from peft_core.spec import BaseModelSpec, Site, SiteKind
 
 PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."
+_LEFT_IN = ("default", "modules_to_save")  # parts of names that PEFT takes out and some exporters do not
 _TRAINING_ONLY = re.compile(r".*\.original_module\.[^.]+")  # the base's own parameter beside a saved one
 
 
@@ -134,7 +135,7 @@ def _without_prefix(name: str) -> tuple[str, bool]:
         )
     is_shared = not name.startswith(PREFIX)
     rest = name.removeprefix(_SHARED_PREFIX if is_shared else PREFIX)
-    return ".".join(part for part in rest.split(".") if part != "default"), is_shared
+    return ".".join(part for part in rest.split(".") if part not in _LEFT_IN), is_shared
 
 
 def _put(names: dict[str, str], key: str, name: str) -> None:
