@@ -38,6 +38,7 @@ FOLDERS = {
     "server/library/": Folder("introduces adapters to the store"),
     "server/engine/": Folder("one loop: requests to steps to tokens"),
     "server/loader/": Folder("the process that reads, checks, decodes and packs"),
+    "server/convert/": Folder("adapters in formats that are not served, made into ones that are"),
     "server/demo/": Folder("the built-in base, its adapters and how both were trained"),
     "bench/": Folder("workloads and measurements; results are committed"),
     "docker/": Folder("the image and a compose file", is_closed=True),

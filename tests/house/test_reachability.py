@@ -12,6 +12,7 @@ STARTED = (
     "server.engine.assembly",  # by name
     "server.engine.local",  # the same door for programs that want no second process
     "server.loader.worker",  # a process of its own
+    "server.convert.pickle_child",  # a process of its own, for one file
     "server.demo.train",  # how the built-in base and its adapters were made
     "server.demo.evaluate",  # how they are judged
 )

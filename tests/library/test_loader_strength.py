@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -50,7 +48,10 @@ def test_neutral_numbers_change_nothing(forms: AdapterForms) -> None:
     "forms",
     [
         AdapterForms(linear={"a": LinearDelta(DOWN, HALF)}),
-        *(AdapterForms(changes={"a": replace(NEUTRAL, **{part: 2 * ONES})}) for part in ("gain", "shift", "input_gain")),
+        *(
+            AdapterForms(changes={"a": change})
+            for change in (SiteChange(gain=2 * ONES), SiteChange(shift=ONES), SiteChange(input_gain=2 * ONES))
+        ),
         AdapterForms(changes={"a": SiteChange(cos=ZEROS, sin=ONES, turn_group=2)}),
         AdapterForms(changes={"a": SiteChange(rotation=-EYE)}),
         AdapterForms(changes={"a": SiteChange(dense=torch.ones(4, 4))}),
