@@ -67,7 +67,7 @@ class BaseModelSpec:
     input_groups: tuple[tuple[str, ...], ...] = ()  # linear sites that read one tensor, see `peft_core.trace`
     norms: Mapping[str, NormSite] = field(default_factory=dict)  # by path
     blocks: Mapping[str, BlockSite] = field(default_factory=dict)  # by path, see `peft_core.trace`
-    expert_parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as stored
+    expert_parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as stored; routers' [experts, in]
     num_kv_heads: int = 0  # 0: not known
     head_dim: int = 0
 
@@ -84,6 +84,7 @@ class BaseModelSpec:
         norms: dict[str, NormSite] = {}
         experts: dict[str, tuple[int, ...]] = {}
         others: list[str] = []
+        routers = dict(_routers(model))
         for path, module in model.named_modules():
             if not path:
                 continue
@@ -94,8 +95,11 @@ class BaseModelSpec:
             norm = _norm(module)
             if norm is not None:
                 norms[path] = norm
-            stacked = dict(_expert_parameters(path, module))
-            experts.update(stacked)
+            stacked = dict(_stacked_parameters(path, module))
+            if _is_experts(module):
+                experts.update(stacked)
+            elif path in routers:
+                experts[f"{path}.weight"] = routers[path]
             others += [path, *stacked]
         return cls(
             model_type=str(model.config.model_type),
@@ -191,8 +195,23 @@ def _norm(module: nn.Module) -> NormSite | None:
     return NormSite(len(parameters["weight"]), float(epsilon), "bias" in parameters)
 
 
-def _expert_parameters(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Stacked weights `[experts, ...]`: no module of its own stands for them."""
+def _stacked_parameters(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Weights with a dimension more than a matrix: no module of its own stands for them."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() >= 3:
             yield f"{path}.{name}", tuple(parameter.shape)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether it is called as all experts of transformers are, see `peft_core.hooks.experts`."""
+    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "has_gate", "has_bias"))
+
+
+def _routers(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Siblings of experts that have one row of weights an expert, and are no linear."""
+    for path, block in model.named_modules():
+        counts = {child.num_experts for child in block.children() if _is_experts(child)}
+        for name, child in block.named_children() if counts else ():
+            weight = dict(child.named_parameters(recurse=False)).get("weight")
+            if weight is not None and weight.dim() == 2 and len(weight) in counts:
+                yield f"{path}.{name}", tuple(weight.shape)

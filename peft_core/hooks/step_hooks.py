@@ -16,6 +16,7 @@ from peft_core.batch import SlotRows
 from peft_core.forms import AdapterForms
 from peft_core.hooks.blocks import BlockHooks
 from peft_core.hooks.embeddings import EmbeddingHooks
+from peft_core.hooks.experts import experts_hook, router_hook
 from peft_core.hooks.norms import norm_hook
 from peft_core.residency import Residency
 from peft_core.sites import SiteGroup
@@ -54,6 +55,10 @@ class StepHooks:
             module, row_dim = self._modules[path], self._spec.norms[path].row_dim
             self._handles.append(module.register_forward_hook(norm_hook(module, path, row_dim, parts, forms)))
         self._install_embeddings(parts, forms)
+        for path in sorted({parameter.rpartition(".")[0] for parameter in _paths(forms, "experts")}):
+            module, is_router = self._modules[path], f"{path}.weight" in self._spec.expert_parameters
+            hook = (router_hook if is_router else experts_hook)(module, path, parts, forms)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for path in _paths(forms, "bottlenecks"):
             products = partial(add_products, self._groups[path])
             hooks = BlockHooks(path, parts, forms, products, num_rows, self._residency.elements)
