@@ -39,6 +39,7 @@ class Ask:
     prompt: list[int]
     adapter: AdapterTicket | None = None
     num_tokens: int = 6
+    task_id: int | None = None
 
 
 @dataclass
@@ -54,13 +55,25 @@ class Answer:
         return np.stack(self.rows)
 
 
+SAFETENSORS_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+
+
 class MemoryTensors:
     """A `TensorSource` over tensors that are in memory."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
         self.tensors = tensors
-        self.header = {name: _Shape(names[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+        self.header = {name: _Shape(SAFETENSORS_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
 
     def get(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -117,7 +130,7 @@ class TinyEngine:
 
     def submit(self, ask: Ask) -> None:
         params = SamplingParams(max_new_tokens=ask.num_tokens, ignore_eos=True, num_logprobs=VOCAB)
-        self.engine.submit(EngineRequest(ask.name, tuple(ask.prompt), params, adapter=ask.adapter))
+        self.engine.submit(EngineRequest(ask.name, tuple(ask.prompt), params, adapter=ask.adapter, task_id=ask.task_id))
 
     def run(self, asks: Iterable[Ask], *, stagger_steps: int = 0) -> dict[str, Answer]:
         """All of them together, or one joining every `stagger_steps` steps; until nothing is left."""
@@ -166,8 +179,12 @@ def relative_error(answer: Answer, logits: np.ndarray) -> float:
 
 def assert_equals_oracle(ask: Ask, answer: Answer, oracle: Any) -> None:
     """The distribution at every step, and the greedy token wherever the oracle has no tie."""
+    assert_equals_logits(ask, answer, oracle_logits(oracle, ask.prompt, answer.tokens))
+
+
+def assert_equals_logits(ask: Ask, answer: Answer, logits: np.ndarray) -> None:
+    """`logits` [generated tokens, vocabulary]: what the oracle says of the answer's own tokens."""
     assert answer.finish is FinishReason.LENGTH, answer.error
-    logits = oracle_logits(oracle, ask.prompt, answer.tokens)
     assert relative_error(answer, logits) <= RELATIVE_TOLERANCE, ask.name
     for token, row in zip(answer.tokens, logits, strict=True):
         assert row.max() - row[token] <= TIE_MARGIN, f"{ask.name}: {token} is not the oracle's greedy token"
