@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from peft_core.errors import MalformedAdapter, UnsupportedAdapter
 
 CODE = "unsupported_peft_type"
+ADAPTERHUB = "ADAPTERHUB"  # no `peft_type` says it: the config has another structure
 
 # What follows `peft_type "X": `. "not served yet" may come; the others cannot be served in a shared batch at all.
 _LATER: Mapping[str, str] = {
@@ -68,7 +69,7 @@ REFUSED_KINDS = frozenset({*_LATER, *_NEVER})
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """The `peft_type` of a config.
+    """The `peft_type` of a config, or ADAPTERHUB for one that AdapterHub's library wrote.
 
     Raises:
         UnsupportedAdapter: the config is of another library, named in the message.
@@ -81,7 +82,7 @@ def kind_of(config: Mapping[str, Any]) -> str:
         _refuse("an MLX adapter", config.get("fine_tune_type"), "fine_tune_type")
     version = config.get("version")
     if "config" in config and ("model_type" in config or str(version).startswith("adapters.")):
-        _refuse("an adapter of AdapterHub's `adapters` library", version, "version")
+        return ADAPTERHUB
     raise MalformedAdapter(
         'adapter_config.json has no "peft_type", so nothing says what kind of adapter this is. '
         "Save the adapter with PEFT's save_pretrained.",

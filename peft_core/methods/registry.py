@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from peft_core.forms import AdapterForms
-from peft_core.methods import lora
+from peft_core.methods import adapterhub, lora
 from peft_core.methods.base_weights import BaseWeights
 from peft_core.methods.dense import MAX_DENSE_BYTES, require_dense_fits
 from peft_core.methods.kinds import kind_of, refuse_kind
@@ -33,7 +33,10 @@ class Plan(Protocol):
 
 Planner = Callable[[Mapping[str, Any], Header, BaseModelSpec], Plan]
 
-_PLANNERS: Mapping[str, Planner] = {lora.KIND: lora.plan_lora}
+_PLANNERS: Mapping[str, Planner] = {
+    adapterhub.KIND: adapterhub.plan_adapterhub,
+    lora.KIND: lora.plan_lora,
+}
 SERVED_KINDS = tuple(sorted(_PLANNERS))
 
 

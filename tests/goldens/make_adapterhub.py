@@ -117,7 +117,7 @@ def fill(model: Any, generator: torch.Generator) -> None:
 
 
 def drawn(name: str, parameter: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    if name.endswith((".m.weight", ".scaling")) or "norm_" in name and name.endswith("weight"):
+    if name.endswith((".m.weight", ".scaling")) or ("norm_" in name and name.endswith("weight")):
         return parameter * (1 + 0.3 * noise)
     if name.endswith("lora_B") and parameter.shape[-1] == 1:  # IA3
         return 1 + 0.4 * noise
