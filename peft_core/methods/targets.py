@@ -3,6 +3,7 @@
     a string     a pattern that must match the whole path (`all-linear`: every linear but the head)
     a list       each entry is a whole path or the end of one: "q_proj" means "....q_proj"
     exclusions   read the same way, and stronger
+    saved        modules that are replaced as a whole are never meant, nor is anything inside them
     layers       only for entries that are the end of a path: the first numbered part of the path must be among them
 
 (https://huggingface.co/docs/peft/developer_guides/lora, and `check_target_module_exists` of PEFT 0.21.)
@@ -15,11 +16,11 @@ Running example: TargetRule(frozenset({"q_proj"}), layers=frozenset({0, 2})) ove
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter, shown
-from peft_core.spec import BaseModelSpec
+from peft_core.spec import BaseModelSpec, SiteKind
 
 Names = str | frozenset[str]  # a pattern, or names; empty is nothing
 ALL_LINEAR = "all-linear"
@@ -32,6 +33,7 @@ class TargetRule:
     exclude: Names = frozenset()
     layers: frozenset[int] = frozenset()  # empty is all
     layers_patterns: tuple[str, ...] = ()  # () is any
+    saved: tuple[str, ...] = ()  # modules_to_save, patterns as PEFT reads them
 
     def __post_init__(self) -> None:
         """Raises MalformedAdapter, naming the field, where a pattern is not a regular expression."""
@@ -41,15 +43,23 @@ class TargetRule:
             require_pattern("exclude_modules", self.exclude)
         for pattern in self.layers_patterns:
             require_pattern("layers_pattern", pattern, _layer_expression(pattern))
+        for pattern in self.saved:
+            require_pattern("modules_to_save", pattern, _within_expression(pattern))
 
     def matches(self, path: str) -> bool:
-        if _names_match(self.exclude, path):
+        if self.leaves_out(path):
             return False
         if not _names_match(self.targets, path):
             return False
         if isinstance(self.targets, str) or path in self.targets or not self.layers:
             return True
         return self.layer_of(path) in self.layers
+
+    def leaves_out(self, path: str) -> bool:
+        """Whether a path is excluded, or lies in a module that is replaced."""
+        if any(re.match(_within_expression(pattern), path) for pattern in self.saved):
+            return True
+        return _names_match(self.exclude, path)
 
     def layer_of(self, path: str) -> int | None:
         """The number that `layers` speaks of; None for a path outside numbered layers."""
@@ -60,26 +70,31 @@ class TargetRule:
         return None
 
 
-def targeted_sites(rule: TargetRule, spec: BaseModelSpec) -> frozenset[str]:
-    """Paths of the linears (and the head) that a rule means.
+def targeted_sites(
+    rule: TargetRule, spec: BaseModelSpec, kinds: Collection[SiteKind] = ("linear", "head")
+) -> frozenset[str]:
+    """Paths of the sites that a rule means.
+
+    Args:
+        kinds: of sites that the adapter's kind can change.
 
     Raises:
         BaseMismatch: a target, or a layer, does not exist in this base.
-        UnsupportedAdapter: a target is there, but is no linear.
+        UnsupportedAdapter: a target is there, but is of another kind.
     """
     if isinstance(rule.targets, str) and rule.targets.lower() == ALL_LINEAR:
         every = (site.path for site in spec.sites.values() if site.kind == "linear")
-        return frozenset(path for path in every if not _names_match(rule.exclude, path))
+        return frozenset(path for path in every if not rule.leaves_out(path))
     _require_existing(rule, spec)
-    for path in spec.other_modules:
+    for path in (*spec.other_modules, *spec.norms):
         if rule.matches(path):
             _refuse_other(rule, path)
     matched = frozenset(path for path in spec.sites if rule.matches(path))
     for path in matched:
-        if spec.sites[path].kind == "embedding":
+        if spec.sites[path].kind not in kinds:
             raise UnsupportedAdapter(
-                f'field "target_modules" means the embedding "{path}": adapters on embeddings are not served yet. '
-                "Train without it, or leave it out of target_modules.",
+                f'field "target_modules" means the {spec.sites[path].kind} "{path}", which adapters of this kind are '
+                "not served on. Train without it, or leave it out of target_modules.",
                 field="target_modules",
                 value=_plain(rule.targets),
             )
@@ -124,6 +139,10 @@ def _layer_expression(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
 
 
+def _within_expression(pattern: str) -> str:
+    return rf"(^|.*\.){pattern}($|\..*)"
+
+
 def _names_match(names: Names, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
@@ -137,7 +156,7 @@ def _endings(path: str) -> list[str]:
 
 
 def _require_existing(rule: TargetRule, spec: BaseModelSpec) -> None:
-    for entry in _unknown_entries(rule.targets, (*spec.sites, *spec.other_modules)):
+    for entry in _unknown_entries(rule.targets, (*spec.sites, *spec.norms, *spec.other_modules)):
         raise BaseMismatch(
             f'field "target_modules" names {shown(entry)}, which this base ({spec.model_type}) does not have. '
             "Use the base that the adapter was trained on; if the adapter has no tensors for it, remove the entry.",

@@ -98,11 +98,12 @@ def read_tuner_config(
     ledger.set_aside(COMMON_IRRELEVANT)
     _refuse_other_tasks(ledger)
     base_name = ledger.use("base_model_name_or_path")
+    saved = _as_tuple(ledger.use_names("modules_to_save"))
     return TunerConfig(
-        rule=_read_rule(ledger),
+        rule=_read_rule(ledger, saved),
         ranks=_read_patterns(ledger, "rank_pattern") if has_patterns else {},
         alphas=_read_patterns(ledger, "alpha_pattern") if has_patterns else {},
-        modules_to_save=_as_tuple(ledger.use_names("modules_to_save")),
+        modules_to_save=saved,
         bias=_read_bias(ledger, biases),
         token_indices=read_token_indices(ledger, "trainable_token_indices"),
         ties_weights=ledger.use_flag("ensure_weight_tying"),
@@ -161,7 +162,7 @@ def _read_patterns(ledger: ConfigLedger, field: str) -> dict[str, float]:
     return patterns
 
 
-def _read_rule(ledger: ConfigLedger) -> TargetRule | None:
+def _read_rule(ledger: ConfigLedger, saved: tuple[str, ...]) -> TargetRule | None:
     targets = ledger.use_names("target_modules")
     exclude = ledger.use_names("exclude_modules")
     layers = _read_layers(ledger)
@@ -175,7 +176,7 @@ def _read_rule(ledger: ConfigLedger) -> TargetRule | None:
         if exclude:
             refuse("exclude_modules", exclude, "it means nothing without target_modules. Say both, or neither.")
         return None
-    return TargetRule(_as_names(targets), _as_names(exclude), layers, patterns)
+    return TargetRule(_as_names(targets), _as_names(exclude), layers, patterns, saved)
 
 
 def _read_layers(ledger: ConfigLedger) -> frozenset[int]:

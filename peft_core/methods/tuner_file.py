@@ -59,7 +59,8 @@ def sort_tuner_file(
         suffixes: what follows a module's path, without the adapter's name: "lora_A.weight", "hada_w1_a". A `*` stands
             for one part: "peanut_encoders.*.weight".
         shared: what follows `base_model.`, the same way: "vera_A", "tinylora_v.*".
-        irrelevant: suffixes of tensors that training keeps and that change nothing at inference.
+        irrelevant: suffixes of tensors that training keeps and that change nothing at inference; `**` stands for any
+            parts.
 
     Raises:
         MalformedAdapter: a name does not begin with the prefix, or two tensors are the same under two names.
@@ -67,6 +68,7 @@ def sort_tuner_file(
         BaseMismatch: a replaced parameter belongs to a module that the base lacks.
     """
     of_module, of_all, of_nothing = _suffix_pattern(suffixes), _name_pattern(shared), _suffix_pattern(irrelevant)
+    named = _suffix_pattern([_with_a_name(suffix) for suffix in suffixes])
     sorting = _Sorting()
     for name in header:
         rest, is_shared = _without_prefix(name)
@@ -78,6 +80,8 @@ def sort_tuner_file(
             _put(sorting.modules.setdefault(found["path"], {}), found["suffix"], name)
         elif _TRAINING_ONLY.fullmatch(rest) or (of_nothing is not None and of_nothing.fullmatch(rest)):
             sorting.irrelevant.append(name)
+        elif named is not None and (found := named.fullmatch(rest)):
+            _refuse_named(name, found["path"])
         else:
             sorting.saved.append((rest, name))
     saved = SavedModules.sort(sorting.saved, spec, adapted=sorting.modules)
@@ -147,6 +151,20 @@ def _put(names: dict[str, str], key: str, name: str) -> None:
     names[key] = name
 
 
+def _with_a_name(suffix: str) -> str:
+    """How a suffix looks with an adapter's name in it: after its first part, as PEFT has it in memory."""
+    first, dot, rest = suffix.partition(".")
+    return f"{first}.*{dot}{rest}"
+
+
+def _refuse_named(name: str, path: str) -> NoReturn:
+    raise MalformedAdapter(
+        f'tensor "{name}" still has an adapter\'s own name after "{path}", as in memory. A file holds one adapter, '
+        "without its name: save it with PEFT's save_pretrained, and serve the folder of that adapter.",
+        tensor=name,
+    )
+
+
 def _refuse_unknown(name: str) -> NoReturn:
     raise UnsupportedAdapter(
         f'tensor "{name}" is unknown here. It may change what the adapter computes; '
@@ -164,4 +182,6 @@ def _name_pattern(names: Collection[str]) -> re.Pattern[str] | None:
 
 
 def _alternatives(names: Collection[str]) -> str:
-    return "|".join(re.escape(name).replace(r"\*", "[^.]+") for name in sorted(names, key=len, reverse=True))
+    return "|".join(
+        re.escape(name).replace(r"\*\*", ".+").replace(r"\*", "[^.]+") for name in sorted(names, key=len, reverse=True)
+    )
