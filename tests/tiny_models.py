@@ -107,6 +107,22 @@ _SHAPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]]
     ),
 }
 
+# Served too, but only the tests of experts need them.
+_MORE_MIXTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
+    "qwen2_moe": (
+        "qwen2_moe",
+        _LLAMA_LIKE | _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64},
+        _QKVO,
+        _GATED,
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        _LLAMA_LIKE | _EXPERTS | {"intermediate_size": HIDDEN, "num_local_experts": 4},
+        _QKVO,
+        (),
+    ),
+}
+
 ARCHITECTURES: tuple[str, ...] = tuple(_SHAPES)
 REFUSED_ARCHITECTURES: tuple[str, ...] = ("falcon", "bloom")  # they never call a registered attention function
 SERVED_ARCHITECTURES: tuple[str, ...] = tuple(arch for arch in ARCHITECTURES if arch not in REFUSED_ARCHITECTURES)
@@ -123,12 +139,12 @@ def all_targets(arch: str) -> list[str]:
 
 
 def make_model(arch: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of one of ARCHITECTURES, float32, eval mode.
+    """A random model of one of ARCHITECTURES (or another mixture), float32, eval mode.
 
     Args:
         overrides: values of the transformers configuration, e.g. `num_hidden_layers=2`.
     """
-    model_type, values, _, _ = _SHAPES[arch]
+    model_type, values, _, _ = (_SHAPES | _MORE_MIXTURES)[arch]
     neutral = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     config = AutoConfig.for_model(model_type, **{**values, **neutral, **overrides})
     factory: Any = AutoModelForCausalLM
