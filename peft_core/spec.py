@@ -68,6 +68,7 @@ class BaseModelSpec:
     norms: Mapping[str, NormSite] = field(default_factory=dict)  # by path
     blocks: Mapping[str, BlockSite] = field(default_factory=dict)  # by path, see `peft_core.trace`
     expert_parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as stored; routers' [experts, in]
+    transposed_experts: tuple[str, ...] = ()  # of these parameters, which are stored [experts, in, out]
     num_kv_heads: int = 0  # 0: not known
     head_dim: int = 0
 
@@ -84,6 +85,7 @@ class BaseModelSpec:
         norms: dict[str, NormSite] = {}
         experts: dict[str, tuple[int, ...]] = {}
         others: list[str] = []
+        transposed: list[str] = []
         routers = dict(_routers(model))
         for path, module in model.named_modules():
             if not path:
@@ -98,6 +100,7 @@ class BaseModelSpec:
             stacked = dict(_stacked_parameters(path, module))
             if _is_experts(module):
                 experts.update(stacked)
+                transposed += stacked if module.is_transposed else ()
             elif path in routers:
                 experts[f"{path}.weight"] = routers[path]
             others += [path, *stacked]
@@ -114,6 +117,7 @@ class BaseModelSpec:
             name=name or model.config.name_or_path or None,
             norms=norms,
             expert_parameters=experts,
+            transposed_experts=tuple(transposed),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +132,7 @@ class BaseModelSpec:
             "norms": {path: list(norm) for path, norm in self.norms.items()},
             "blocks": [list(block) for block in self.blocks.values()],
             "expert_parameters": {path: list(shape) for path, shape in self.expert_parameters.items()},
+            "transposed_experts": list(self.transposed_experts),
         }
 
     @classmethod
@@ -147,6 +152,7 @@ class BaseModelSpec:
             norms={path: NormSite(*norm) for path, norm in data["norms"].items()},
             blocks={block[0]: BlockSite(*block) for block in data["blocks"]},
             expert_parameters={path: tuple(shape) for path, shape in data["expert_parameters"].items()},
+            transposed_experts=tuple(data["transposed_experts"]),
         )
 
 
