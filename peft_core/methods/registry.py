@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from peft_core.forms import AdapterForms
-from peft_core.methods import adapterhub, lora
+from peft_core.methods import adapterhub, lora, prefix_tuning, prompt_tuning
 from peft_core.methods.base_weights import BaseWeights
 from peft_core.methods.dense import MAX_DENSE_BYTES, require_dense_fits
 from peft_core.methods.kinds import kind_of, refuse_kind
@@ -36,6 +36,12 @@ Planner = Callable[[Mapping[str, Any], Header, BaseModelSpec], Plan]
 _PLANNERS: Mapping[str, Planner] = {
     adapterhub.KIND: adapterhub.plan_adapterhub,
     lora.KIND: lora.plan_lora,
+    prefix_tuning.KIND: prefix_tuning.plan_prefix_tuning,
+    prefix_tuning.CARTRIDGE_KIND: prefix_tuning.plan_cartridge,
+    prompt_tuning.KIND: prompt_tuning.plan_prompt_tuning,
+    prompt_tuning.P_TUNING_KIND: prompt_tuning.plan_p_tuning,
+    prompt_tuning.CPT_KIND: prompt_tuning.plan_cpt,
+    prompt_tuning.MULTITASK_KIND: prompt_tuning.plan_multitask_prompt_tuning,
 }
 SERVED_KINDS = tuple(sorted(_PLANNERS))
 
