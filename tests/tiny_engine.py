@@ -55,6 +55,7 @@ class Answer:
         return np.stack(self.rows)
 
 
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter.safetensors")
 SAFETENSORS_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -73,7 +74,9 @@ class MemoryTensors:
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = tensors
-        self.header = {name: _Shape(SAFETENSORS_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+        self.header = {
+            name: _Shape(SAFETENSORS_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()
+        }
 
     def get(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -118,7 +121,8 @@ class TinyEngine:
     def add(self, name: str, adapter: Path) -> AdapterTicket:
         """Decode and pack an adapter directory, as the loader does."""
         config = json.loads((adapter / "adapter_config.json").read_text())
-        tensors = MemoryTensors(load_file(str(adapter / "adapter_model.safetensors")))
+        weights = next(adapter / name for name in WEIGHT_FILES if (adapter / name).exists())
+        tensors = MemoryTensors(load_file(str(weights)))
         return self.add_forms(name, decode(config, tensors, self.spec, self.base).forms)
 
     def add_forms(self, name: str, forms: AdapterForms) -> AdapterTicket:

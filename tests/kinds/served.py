@@ -36,8 +36,16 @@ class Served:
         assert_equals_logits(ask, answer, peft_logits(kind, oracle, ask.prompt, answer.tokens))
 
 
-def serve_every_kind(arch: str, directory: Path, *, kinds: tuple[str, ...] = tuple(KINDS), **config: object) -> Served:
-    model = make_model(arch, seed=1)
+def serve_every_kind(
+    arch: str,
+    directory: Path,
+    *,
+    kinds: tuple[str, ...] = tuple(KINDS),
+    model: PreTrainedModel | None = None,
+    **config: object,
+) -> Served:
+    """Make and register an adapter of each kind. `model`: one of `arch`; by default a random one."""
+    model = make_model(arch, seed=1) if model is None else model
     served = Served(arch, model, TinyEngine(model, directory, **config), directory)
     for index, kind in enumerate(kind for kind in kinds if kind not in ABSENT.get(arch, ())):
         make_adapter(kind, model, arch, directory / kind, seed=index)

@@ -1,4 +1,4 @@
-"""Every kind that HF PEFT writes, on many architectures, all in one running batch, each equal to what PEFT computes alone."""
+"""Every kind that HF PEFT writes, on many architectures, all in one running batch, each equal to PEFT alone."""
 
 from __future__ import annotations
 

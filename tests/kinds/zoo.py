@@ -1,8 +1,8 @@
 """One real adapter of every kind that HF PEFT writes, with random weights that matter, and PEFT itself as the oracle.
 
-    adapter = make_adapter("dora", model, tmp_path / "dora", seed=3)
-    oracle = load_oracle(model, adapter)                     # from tests.tiny_models
-    logits = peft_logits(oracle, prompt, tokens)             # whatever the kind: virtual tokens are cut off
+adapter = make_adapter("dora", model, tmp_path / "dora", seed=3)
+oracle = load_oracle(model, adapter)                     # from tests.tiny_models
+logits = peft_logits(oracle, prompt, tokens)             # whatever the kind: virtual tokens are cut off
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from tests.tiny_models import HEAD_DIM, all_targets, attention_targets, wrap
+from tests.tiny_models import all_targets, attention_targets, wrap
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 NUM_VIRTUAL = 5
@@ -52,9 +52,9 @@ def _prefix(name: str) -> ConfigOf:
     def config(model: PreTrainedModel, arch: str) -> Any:
         with torch.inference_mode():
             cache = model(input_ids=torch.tensor([[2, 3]]), use_cache=True).past_key_values
-        heads = cache.layers[0].keys.shape[1]
+        _, heads, _, head_dim = cache.layers[0].keys.shape
         return getattr(peft, name)(
-            num_virtual_tokens=NUM_VIRTUAL, num_attention_heads=heads, token_dim=heads * HEAD_DIM, **CAUSAL
+            num_virtual_tokens=NUM_VIRTUAL, num_attention_heads=heads, token_dim=heads * head_dim, **CAUSAL
         )
 
     return config
@@ -149,7 +149,8 @@ KINDS: Mapping[str, ConfigOf] = {
     "cpt": _cpt,
 }
 _NO_CONV1D = frozenset(
-    "olora loha lokr hra miss delora psoft peanut oft boft road c3a shira supertuning glora beft".split()
+    ("olora", "loha", "lokr", "hra", "miss", "delora", "psoft", "peanut", "oft", "boft", "road", "c3a", "shira")
+    + ("supertuning", "glora", "beft")
 )
 ABSENT: Mapping[str, frozenset[str]] = {"gpt2": _NO_CONV1D}  # kinds that PEFT itself cannot make on an architecture
 TASKS: Mapping[str, int] = {"multitask": 1}  # the kinds whose requests name a task
