@@ -1,4 +1,4 @@
-"""`veneer adapters`: a running server's adapters from the command line, and a look into a directory without one.
+"""`veneer adapters`: a running server's adapters from the command line; `inspect` and `convert` need no server.
 
 Exit codes: 0 done, 1 the server said no, 2 wrong usage, 3 the server cannot be reached.
 """
@@ -15,13 +15,15 @@ from typing import Annotated, Any
 import typer
 
 from adapters_store.errors import StoreError
-from adapters_store.header import read_header
-from adapters_store.staging import CONFIG_FILE, WEIGHTS_FILE, is_allowed
+from server import cli_inspect
 from server.admin_client import AdminClient, RequestFailed
+from server.library.directory import adapter_in
 
 SAID_NO, WRONG_USAGE, UNREACHABLE = 1, 2, 3
 
-app = typer.Typer(help="The adapters of a running server; `inspect` needs none.", no_args_is_help=True)
+app = typer.Typer(help="The adapters of a running server; `inspect` and `convert` need none.", no_args_is_help=True)
+app.command("inspect")(cli_inspect.inspect_adapter)
+app.command("convert")(cli_inspect.convert_adapter)
 Url = Annotated[str, typer.Option("--url", envvar="VENEER_URL", help="The server's address.")]
 Key = Annotated[
     str | None,
@@ -62,7 +64,11 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter; a known name gets a new version, known content does not."""
-    answer = _ask(url, key, lambda client: client.push(name, directory, alias=alias, promote=promote, dry_run=dry_run))
+    answer = _ask(
+        url,
+        key,
+        lambda client: client.push(name, adapter_in(directory), alias=alias, promote=promote, dry_run=dry_run),
+    )
     if as_json:
         print(json.dumps(answer))
     elif dry_run:
@@ -93,44 +99,13 @@ def rm(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
     print(f"{name} is deleted{left}")
 
 
-@app.command()
-def inspect(directory: Annotated[Path, typer.Argument(exists=True, file_okay=False)], as_json: AsJson = False) -> None:
-    """What an adapter's directory holds, read without a server and without loading a tensor."""
-    try:
-        found = _inspect(directory)
-    except (StoreError, OSError, ValueError) as error:
-        print(f"veneer: {directory}: {error}", file=sys.stderr)
-        raise typer.Exit(SAID_NO) from None
-    if as_json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:16}{value}")
-
-
-def _inspect(directory: Path) -> dict[str, Any]:
-    config = json.loads((directory / CONFIG_FILE).read_text())
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG_FILE} holds a {type(config).__name__}; expected an object")
-    header = read_header(directory / WEIGHTS_FILE)
-    shown = {name: config.get(name) for name in ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules")}
-    return {
-        **{name: value for name, value in shown.items() if value is not None},
-        "base_model": config.get("base_model_name_or_path"),
-        "tensors": len(header.tensors),
-        "dtypes": ", ".join(sorted({tensor.dtype for tensor in header.tensors.values()})),
-        "bytes": (directory / WEIGHTS_FILE).stat().st_size,
-        "left_out": ", ".join(sorted(path.name for path in directory.iterdir() if not is_allowed(path.name))) or "-",
-    }
-
-
 def _ask(url: str, key: str | None, question: Callable[[AdminClient], Any]) -> Any:
     try:
         return question(AdminClient(url, key or _key_of_environment()))
     except RequestFailed as error:
         print(f"veneer: {error}", file=sys.stderr)
         raise typer.Exit(UNREACHABLE if error.status is None else SAID_NO) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StoreError) as error:
         print(f"veneer: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USAGE) from None
 

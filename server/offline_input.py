@@ -4,7 +4,8 @@
 
 A JSON line must have `prompt` (text, or a list of token ids); `adapter` names one of the run's adapters, null is the
 base; `task_id` is for adapters of several tasks; `max_new_tokens`, `seed` and `stop` override the run's own; `id` is
-handed through. Anything else is refused, so that no misspelt field is a default. A bad line is an answer of its own kind, never the end of the run.
+handed through. Anything else is refused, so that no misspelt field is a default. A bad line is an answer of its own
+kind, never the end of the run.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ def from_mlx(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     """Raises ConversionRefused, naming what cannot be converted."""
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        raise ConversionRefused(
-            f'"fine_tune_type" is {kind!r}: a whole model, not an adapter. Serve it as one.'
-        )
+        raise ConversionRefused(f'"fine_tune_type" is {kind!r}: a whole model, not an adapter. Serve it as one.')
     scale = _scale(config)
     modules = _modules(tensors, is_dora=kind == "dora")
     ranks = {path: parts["lora_a"].shape[1] for path, parts in modules.items()}
