@@ -99,7 +99,7 @@ def refuse_kind(kind: str, served: tuple[str, ...]) -> NoReturn:
 
 def _refuse(what: str, value: object, field: str) -> NoReturn:
     raise UnsupportedAdapter(
-        f"this is {what}, whose format is not served yet. Save it as a PEFT adapter.",
+        f"this is {what}, whose format is not served. Convert it: `veneer adapters convert SRC DST`.",
         code=CODE,
         field=field,
         value=value,
