@@ -148,11 +148,9 @@ KINDS: Mapping[str, ConfigOf] = {
     "multitask": _prompt("MultitaskPromptTuningConfig", num_tasks=3, num_ranks=2),
     "cpt": _cpt,
 }
-_NO_CONV1D = frozenset(
-    ("olora", "loha", "lokr", "hra", "miss", "delora", "psoft", "peanut", "oft", "boft", "road", "c3a", "shira")
-    + ("supertuning", "glora", "beft")
-)
-ABSENT: Mapping[str, frozenset[str]] = {"gpt2": _NO_CONV1D}  # kinds that PEFT itself cannot make on an architecture
+_NO_CONV1D = ("olora", "loha", "lokr", "hra", "miss", "delora", "psoft", "peanut", "oft", "boft", "road", "c3a", "shira",
+              "supertuning", "glora", "beft")  # fmt: skip
+ABSENT: Mapping[str, frozenset[str]] = {"gpt2": frozenset(_NO_CONV1D)}  # kinds that PEFT itself cannot make on an architecture
 TASKS: Mapping[str, int] = {"multitask": 1}  # the kinds whose requests name a task
 PROMPT_ROWS = ("prompt", "p-tuning", "multitask", "cpt")  # kinds whose forward returns logits of virtual tokens too
 
