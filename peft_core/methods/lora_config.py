@@ -1,7 +1,7 @@
 """Every field of a LoRA config: used, irrelevant to what the adapter computes, or refused unless switched off.
 
-The fields are those of PEFT 0.21 (https://huggingface.co/docs/peft/package_reference/lora) and the two that older
-versions wrote. A field that is in none of the three tables is refused by the ledger.
+The fields are those of PEFT 0.21 (https://huggingface.co/docs/peft/package_reference/lora) and the few that older
+versions wrote. A field that is in none of the tables is refused by the ledger.
 
 Running example: {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "use_rslora": true}
     read_lora_config(...).scaling("model.layers.0.self_attn.q_proj", 16)  -> 32 / sqrt(16) = 8.0
@@ -12,38 +12,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from peft_core.errors import MalformedAdapter, shown
 from peft_core.methods.ledger import ConfigLedger, refuse
-from peft_core.methods.targets import Names, TargetRule, first_match, first_pattern, require_endings
+from peft_core.methods.tuner_config import COMMON_FIELDS, COMMON_IRRELEVANT, TunerConfig, read_tuner_config
 
 DEFAULT_ALPHA = 8  # PEFT's, where a config does not say
+DEFAULT_POOL = 16  # PEFT's qalora_group_size
+BIASES = ("all", "lora_only")
 
 USED_FIELDS = (
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
+    *COMMON_FIELDS,
     "r",
     "lora_alpha",
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
     "init_lora_weights",
-    "ensure_weight_tying",
-    "bias",
+    "lora_bias",
+    "use_dora",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+    "qalora_group_size",
+    "alora_invocation_tokens",
 )
 
 IRRELEVANT_FIELDS: Mapping[str, str] = {
-    "auto_mapping": "names Python classes of the training program",
+    **COMMON_IRRELEVANT,
     "corda_config": "only steers an initialisation",
     "eva_config": "only steers an initialisation",
-    "fan_in_fan_out": "the stored factors have the same orientation either way",
-    "inference_mode": "a switch of training",
     "lora_dropout": "dropout is off at inference",
     "lora_ga_config": "only steers an initialisation",
     "loftq_config": "only steers an initialisation",
@@ -51,9 +50,6 @@ IRRELEVANT_FIELDS: Mapping[str, str] = {
     "megatron_core": "names a Python module of the training program",
     "merge_weights": "where an older PEFT kept the sum; the sum is the same",
     "monteclora_config": "samples during training only",
-    "peft_version": "tells who wrote the file",
-    "qalora_group_size": "only used where use_qalora is true, which is refused",
-    "revision": "the base is checked by its shapes",
     "runtime_config": "never stored with a meaning",
     "velora_config": "changes the backward pass only",
 }
@@ -61,30 +57,21 @@ IRRELEVANT_FIELDS: Mapping[str, str] = {
 REFUSED_FIELDS: Mapping[str, str] = {
     "enable_lora": "adapters of merged projections in the format of PEFT before 0.3 are not served. "
     "Load and save the adapter with a current PEFT.",
+    "invocation_string": "the first activated LoRAs named their invocation by its text. Save the adapter with "
+    "alora_invocation_tokens, the text's token ids.",
     "layer_replication": "it makes another base model with more layers. Serve that model as the base.",
-    "lora_bias": "a bias on the up projection is not served yet. Train with lora_bias=False.",
-    "modules_to_save": "whole replaced modules are not served yet. Train without modules_to_save.",
     "target_parameters": "adapters on bare parameters (experts) are not served yet. Train on target_modules only.",
-    "trainable_token_indices": "replaced embedding rows are not served yet. Train without trainable_token_indices.",
-    "use_dora": "DoRA is not served yet. Train with use_dora=False, or merge the adapter into a copy of the base.",
-    "use_qalora": "QALoRA pools its input over quantisation groups, which is not served yet. "
-    "Train with use_qalora=False.",
 }
 
 REFUSED_PARTS: Mapping[str, str] = {  # switched on even by an empty object
-    "alora_invocation_tokens": "activated LoRA, which is off before its invocation, is not served yet. "
-    "Train a plain LoRA instead.",
     "arrow_config": "Arrow routes each token between several adapters, which cannot be served from one adapter. "
     "Serve the adapters that it routes between.",
-    "kasa_config": "KaSA, which changes the base's weights, is not served yet. Train a plain LoRA instead.",
-    "use_bdlora": "block-diagonal factors are not served yet. Train a plain LoRA instead.",
 }
 
+Start = Literal["plain", "random", "pissa", "olora"]
 _PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")  # initialisations that leave the base's weights alone
 _CONVERT = "Save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
 _CHANGED_STARTS: Mapping[str, str] = {
-    "pissa": f"PiSSA takes its first factors out of the base's weights; that is not served yet. {_CONVERT}",
-    "olora": f"OLoRA takes its first factors out of the base's weights; that is not served yet. {_CONVERT}",
     "corda": f"CorDA takes its first factors out of the base's weights and does not store them. {_CONVERT}",
     "lora_ga": f"LoRA-GA takes its first factors out of the base's weights and does not store them. {_CONVERT}",
     "loftq": "LoftQ changes the base's weights. Save the base that it made, set init_lora_weights to true and "
@@ -93,34 +80,48 @@ _CHANGED_STARTS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """Factors stored as their diagonal blocks (BD-LoRA), by parts of paths."""
+
+    num_blocks: int
+    of_down: tuple[str, ...]
+    of_up: tuple[str, ...]
+
+    def side(self, path: str) -> Literal["down", "up"] | None:
+        """Which factor of a module is block-diagonal."""
+        if any(part in path for part in self.of_down):
+            return "down"
+        return "up" if any(part in path for part in self.of_up) else None
+
+
+@dataclass(frozen=True, slots=True)
 class LoraConfig:
     """The fields that decide what a LoRA adapter computes."""
 
-    rule: TargetRule | None  # None: the config names no targets, the file alone decides
-    rank: int | None  # None where the config does not say
-    alpha: float
-    is_rank_stabilised: bool
-    ranks: Mapping[str, float]  # pattern -> rank, in file order
-    alphas: Mapping[str, float]  # pattern -> alpha, in file order
-    starts_random: bool  # a targeted module without tensors would be random, not neutral
-    ties_head: bool  # adapts embedding and head together
-    base_name: str | None
+    common: TunerConfig
+    rank: int | None = None  # None where the config does not say
+    alpha: float = DEFAULT_ALPHA
+    is_rank_stabilised: bool = False
+    start: Start = "plain"  # "random": a targeted module without tensors would be random, not neutral
+    has_magnitudes: bool = False  # DoRA
+    has_bias: bool = False  # of the up projection
+    has_diagonal: bool = False  # KaSA
+    blocks: Blocks | None = None  # BD-LoRA
+    pool: int = 1  # QALoRA: neighbouring inputs that are averaged
+    invocation_tokens: tuple[int, ...] = ()  # aLoRA
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether it was trained on other weights than the base's: they come out as further ranks."""
+        return self.has_diagonal or self.start in ("pissa", "olora")
 
     def stated_rank(self, path: str) -> float | None:
         """The rank that the config claims for a module; None where it claims nothing."""
-        claimed = first_match(self.ranks, path)
-        return self.rank if claimed is None else claimed
+        return self.common.rank(path, self.rank)
 
     def scaling(self, path: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) when rank-stabilised (https://arxiv.org/abs/2312.03732)."""
-        stated = first_match(self.alphas, path)
-        alpha = self.alpha if stated is None else stated
-        return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
-
-    def idle_patterns(self, paths: tuple[str, ...]) -> tuple[str, ...]:
-        """Patterns of ranks and alphas that decide for no module: never matched, or always after another."""
-        used = {first_pattern(patterns, path) for patterns in (self.ranks, self.alphas) for path in paths}
-        return tuple(dict.fromkeys(key for key in (*self.ranks, *self.alphas) if key not in used))
+        return self.common.alpha(path, self.alpha) / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
 
 def read_lora_config(ledger: ConfigLedger) -> LoraConfig:
@@ -130,51 +131,39 @@ def read_lora_config(ledger: ConfigLedger) -> LoraConfig:
         UnsupportedAdapter: a field asks for something that is not served, or is unknown.
         MalformedAdapter: a field has the wrong type.
     """
-    ledger.use("peft_type")
+    common = read_tuner_config(ledger, has_patterns=True, biases=BIASES)
     ledger.set_aside(IRRELEVANT_FIELDS)
     ledger.refuse_unless_off(REFUSED_FIELDS)
     ledger.refuse_unless_off(REFUSED_PARTS, empty_is_off=False)
-    _refuse_other_tasks(ledger)
-    _refuse_bias(ledger)
-    starts_random = _read_start(ledger)
-    ranks, alphas = ledger.use_pattern_values("rank_pattern"), ledger.use_pattern_values("alpha_pattern")
-    require_endings("rank_pattern", ranks)
-    require_endings("alpha_pattern", alphas)
-    base_name = ledger.use("base_model_name_or_path")
     config = LoraConfig(
-        rule=_read_rule(ledger),
+        common=common,
         rank=ledger.use_count("r"),
         alpha=ledger.use_number("lora_alpha", DEFAULT_ALPHA),
         is_rank_stabilised=ledger.use_flag("use_rslora"),
-        ranks=ranks,
-        alphas=alphas,
-        starts_random=starts_random,
-        ties_head=ledger.use_flag("ensure_weight_tying"),
-        base_name=base_name if isinstance(base_name, str) and base_name else None,
+        start=_read_start(ledger),
+        has_magnitudes=ledger.use_flag("use_dora"),
+        has_bias=ledger.use_flag("lora_bias"),
+        has_diagonal=_use_part(ledger, "kasa_config", ("beta", "gamma")) is not None,
+        blocks=_read_blocks(ledger),
+        pool=_read_pool(ledger),
+        invocation_tokens=_read_invocation(ledger),
     )
+    _refuse_together(config)
     ledger.close()
     return config
 
 
-def _refuse_other_tasks(ledger: ConfigLedger) -> None:
-    task = ledger.use("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        refuse("task_type", task, 'only text generation is served. Train the adapter with task_type "CAUSAL_LM".')
-
-
-def _refuse_bias(ledger: ConfigLedger) -> None:
-    bias = ledger.use("bias", "none")
-    if bias != "none":
-        refuse("bias", bias, 'replaced biases of the base are not served yet. Train with bias="none".')
-
-
-def _read_start(ledger: ConfigLedger) -> bool:
-    """Whether untrained factors would be random; refuses initialisations that change the base's weights."""
+def _read_start(ledger: ConfigLedger) -> Start:
+    """What training began with; refuses initialisations that change the base's weights beyond recovery."""
     start = ledger.use("init_lora_weights", True)
     if isinstance(start, bool):
-        return not start
+        return "plain" if start else "random"
     if start in _PLAIN_STARTS:
-        return False
+        return "plain"
+    if start == "pissa":
+        return "pissa"
+    if isinstance(start, str) and start.lower() == "olora":
+        return "olora"
     sentence = "this initialisation is unknown here and may change the base's weights."
     if isinstance(start, str) and start.startswith("pissa_niter_"):
         sentence = f"its base weights were made at random and are not stored. {_CONVERT}"
@@ -183,39 +172,64 @@ def _read_start(ledger: ConfigLedger) -> bool:
     return refuse("init_lora_weights", start, sentence)
 
 
-def _read_rule(ledger: ConfigLedger) -> TargetRule | None:
-    targets = ledger.use_names("target_modules")
-    exclude = ledger.use_names("exclude_modules")
-    layers = _read_layers(ledger)
-    patterns = _as_tuple(ledger.use_names("layers_pattern"))
-    if (isinstance(targets, str) or not targets) and (layers or patterns):
-        field, value = ("layers_to_transform", sorted(layers)) if layers else ("layers_pattern", list(patterns))
-        refuse(field, value, "layers can only be chosen where target_modules is a list. Say them in its pattern.")
-    if patterns and not layers:
-        refuse("layers_pattern", list(patterns), "it means nothing without layers_to_transform. Remove it.")
-    if not targets:
-        if exclude:
-            refuse("exclude_modules", exclude, "it means nothing without target_modules. Say both, or neither.")
+def _use_part(ledger: ConfigLedger, field: str, known: tuple[str, ...]) -> dict[str, Any] | None:
+    """Take a field that is an object, even an empty one, of known fields; None where it is absent or false."""
+    value = ledger.use(field)
+    if value is None or value is False:
         return None
-    return TargetRule(_as_names(targets), _as_names(exclude), layers, patterns)
-
-
-def _read_layers(ledger: ConfigLedger) -> frozenset[int]:
-    value: Any = ledger.use("layers_to_transform", [])
-    layers = value if isinstance(value, list | tuple) else [value]
-    if all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
-        return frozenset(layers)
+    if isinstance(value, dict) and set(value) <= set(known):
+        return value
     raise MalformedAdapter(
-        f'field "layers_to_transform" = {shown(value)}; expected a layer number or a list of them. '
-        "Correct adapter_config.json.",
-        field="layers_to_transform",
+        f'field "{field}" = {shown(value)}; expected an object with {", ".join(known)}. Correct adapter_config.json.',
+        field=field,
         value=value,
     )
 
 
-def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names
+def _read_blocks(ledger: ConfigLedger) -> Blocks | None:
+    fields = ("nblocks", "target_modules_bd_a", "target_modules_bd_b", "match_strict")
+    value = _use_part(ledger, "use_bdlora", fields)
+    if value is None:
+        return None
+    part = ConfigLedger(value)
+    num_blocks = part.use_count("nblocks") or 1
+    sides = [part.use_names(name) for name in ("target_modules_bd_a", "target_modules_bd_b")]
+    of_down, of_up = ((names,) if isinstance(names, str) else names for names in sides)
+    return Blocks(num_blocks, of_down, of_up)
 
 
-def _as_names(names: str | tuple[str, ...]) -> Names:
-    return names if isinstance(names, str) else frozenset(names)
+def _read_pool(ledger: ConfigLedger) -> int:
+    is_pooled, size = ledger.use_flag("use_qalora"), ledger.use_count("qalora_group_size")
+    return (size or DEFAULT_POOL) if is_pooled else 1
+
+
+def _read_invocation(ledger: ConfigLedger) -> tuple[int, ...]:
+    tokens = ledger.use("alora_invocation_tokens", [])
+    if tokens is False:
+        return ()
+    if isinstance(tokens, list | tuple) and all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
+        return tuple(tokens)
+    raise MalformedAdapter(
+        f'field "alora_invocation_tokens" = {shown(tokens)}; expected a list of token ids. '
+        "Correct adapter_config.json.",
+        field="alora_invocation_tokens",
+        value=tokens,
+    )
+
+
+def _refuse_together(config: LoraConfig) -> None:
+    """PEFT has one variant an adapter; what several of them would mean together is nobody's definition."""
+    variants = {
+        "use_dora": config.has_magnitudes,
+        "use_bdlora": config.blocks is not None,
+        "use_qalora": config.pool > 1,
+        "kasa_config": config.has_diagonal,
+        "alora_invocation_tokens": bool(config.invocation_tokens),
+    }
+    chosen = [field for field, is_on in variants.items() if is_on]
+    if config.start in ("pissa", "olora") and chosen not in ([], ["use_dora"]):
+        chosen.append("init_lora_weights")
+    if config.has_bias and (config.has_magnitudes or config.changes_base):
+        chosen = ["lora_bias", "use_dora" if config.has_magnitudes else "init_lora_weights"]
+    if len(chosen) > 1:
+        refuse(chosen[0], True, f"together with {chosen[1]} it has no meaning in PEFT. Train with one of them.")

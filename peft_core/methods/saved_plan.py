@@ -45,7 +45,9 @@ class SavedPlan:
     @property
     def forms(self) -> tuple[FormName, ...]:
         found: list[FormName] = []
-        for path in self.weights:
+        for path, stored in self.weights.items():
+            if stored.is_copy and self.vocabulary is None:
+                continue  # the base's own, most likely
             site = self.spec.sites.get(path)
             found.append("norm" if site is None else "embedding" if site.kind == "embedding" else "replacement")
         for path in self.biases:
