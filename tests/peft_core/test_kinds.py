@@ -37,7 +37,7 @@ def test_a_kind_that_is_not_served_is_refused_by_its_own_name(kind: str) -> None
 
 
 def test_sentences_say_what_the_kind_is() -> None:
-    assert "prefix tuning is not served yet" in str(refusal_of({"peft_type": "PREFIX_TUNING"}))
+    assert "adaption prompts (LLaMA-Adapter) is not served yet" in str(refusal_of({"peft_type": "ADAPTION_PROMPT"}))
     assert "batch" in str(refusal_of({"peft_type": "LILY"}))
 
 
