@@ -176,6 +176,13 @@ class Settings(BaseModel):
     max_lora_rank: int | None = _setting(
         None, "Adapters", "Refuse adapters of a higher rank. Default: any rank is served.", gt=0
     )
+    max_dense_adapter_bytes: Size = _setting(
+        256 * 2**20,
+        "Adapters",
+        "Refuse adapters whose changes are whole matrices of more bytes together, in float32.",
+        ge=0,
+        metavar="SIZE",
+    )
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto",
         "Adapters",

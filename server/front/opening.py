@@ -77,7 +77,13 @@ def _check_model(model: str) -> None:
 async def open_library(settings: Settings, description: EngineDescription, loader: LoaderClient) -> Library:
     """Aim the loader at this base and open the store. Raises StoreUnusable, LoaderUnavailable."""
     limits = StageLimits(max_file_bytes=settings.max_upload_bytes, max_total_bytes=settings.max_upload_bytes)
-    target = PackingTarget(description.spec, description.adapter_dtype, description.base_directory, description.dtype)
+    target = PackingTarget(
+        description.spec,
+        description.adapter_dtype,
+        description.base_directory,
+        description.dtype,
+        settings.max_dense_adapter_bytes,
+    )
     await loader.aim(target)
     return await Library.open(settings.store_path, loader, limits=limits, max_rank=settings.max_lora_rank)
 

@@ -70,7 +70,7 @@ class Packer:
     def _prepare(self, job: PrepareJob) -> Prepared:
         config = read_config(Path(job.files[CONFIG_FILE]))
         tensors = AdapterTensors(job.files)
-        forms, report = decode(config, tensors, self._spec, self._base)
+        forms, report = decode(config, tensors, self._spec, self._base, max_dense_bytes=self.target.max_dense_bytes)
         digest = effect_digest(config, tensors, report.irrelevant_fields, report.irrelevant_tensors)
         image = pack(forms, self._spec, self.target.adapter_dtype)
         write_image(Path(job.image_path), image)
