@@ -6,6 +6,7 @@
                                              and answer
     adapterhub/goldens.json                  versions; of each base and adapter: the prompt and the greedy answer
     adapterhub/refused/<adapter>/            adapters that the library runs and that are not served
+    adapterhub/as_written/                   qwen2's seq_bn exactly as the library writes it: pickles, with the head
 
 The library writes pickles (with `use_safetensors` it fails where tensors are shared), so what it wrote is stored again
 as safetensors, with the same names. Every expectation comes from a fresh model that has loaded what is on disk. It
@@ -64,7 +65,9 @@ def write_base(base: str, directory: Path, seed: int) -> dict[str, Any]:
     for number, (name, config) in enumerate({"base": None, **configs(base)}.items()):
         prompt = torch.randint(2, VOCAB, (PROMPT_LENGTH,), generator=generator).tolist()
         if config is not None:
-            write_adapter(directory / "base", directory / name, config, seed + 2 + number)
+            filled = write_adapter(directory / "base", directory / name, config, seed + 2 + number)
+            if (base, name) == ("qwen2", "seq_bn"):
+                filled.save_adapter(str(directory.parent / "as_written"), NAME)
         model = load(directory / "base", None if config is None else directory / name)
         logits[name], answer = greedy(model, prompt)
         found[name] = {"prompt": prompt, "answer": answer}
@@ -73,8 +76,8 @@ def write_base(base: str, directory: Path, seed: int) -> dict[str, Any]:
     return found
 
 
-def write_adapter(base: Path, directory: Path, config: Any, seed: int) -> None:
-    """Add an adapter to a base, fill it with random weights, and store what the library writes."""
+def write_adapter(base: Path, directory: Path, config: Any, seed: int) -> Any:
+    """Add an adapter to a base, fill it with random weights, and store what the library writes; returns the model."""
     model = load_base(base)
     adapters.init(model)
     model.add_adapter(NAME, config=config)
@@ -86,6 +89,7 @@ def write_adapter(base: Path, directory: Path, config: Any, seed: int) -> None:
         tensors = torch.load(Path(written) / "pytorch_adapter.bin", weights_only=True)
     copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(copies, directory / "adapter.safetensors", metadata={"format": "pt"})
+    return model
 
 
 def load_base(base: Path) -> Any:
@@ -119,8 +123,9 @@ def fill(model: Any, generator: torch.Generator) -> None:
 def drawn(name: str, parameter: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     if name.endswith((".m.weight", ".scaling")) or ("norm_" in name and name.endswith("weight")):
         return parameter * (1 + 0.3 * noise)
-    if name.endswith("lora_B") and parameter.shape[-1] == 1:  # IA3
-        return 1 + 0.4 * noise
+    if name.endswith("lora_B"):
+        is_ia3 = parameter.shape[-1] == 1
+        return 1 + 0.4 * noise if is_ia3 else 0.3 * noise / math.sqrt(parameter.shape[-1])
     if parameter.dim() == 1 and not name.endswith("control_trans"):
         return 0.2 * noise
     if "phm_rule" in name or ".wte." in name or parameter.dim() == 1:
