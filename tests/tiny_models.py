@@ -46,6 +46,8 @@ _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "max_position_embeddings": MAX_POSITION,
 }
+# For architectures without GQA: PEFT believes the field wherever a configuration has it.
+_EQUAL_HEADS = {name: value for name, value in _LLAMA_LIKE.items() if name != "num_key_value_heads"}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
 _WINDOW: dict[str, Any] = {"sliding_window": 32}
 _MIXED_WINDOW: dict[str, Any] = {
@@ -73,11 +75,11 @@ _SHAPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]]
     ),
     "opt": (
         "opt",
-        _LLAMA_LIKE | {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN},
+        _EQUAL_HEADS | {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN},
         ("q_proj", "k_proj", "v_proj", "out_proj"),
         ("fc1", "fc2"),
     ),
-    "gpt_neox": ("gpt_neox", _LLAMA_LIKE, ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
+    "gpt_neox": ("gpt_neox", _EQUAL_HEADS, ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
     "olmo2": ("olmo2", _LLAMA_LIKE, _QKVO, _GATED),
     "mixtral": ("mixtral", _LLAMA_LIKE | _EXPERTS | {"num_local_experts": 4}, _QKVO, ()),
     "qwen3_moe": (
