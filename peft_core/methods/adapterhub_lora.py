@@ -190,7 +190,7 @@ def _read_settings(ledger: ConfigLedger) -> Settings:
     if mode not in ("add", "scale"):
         raise wrong("composition_mode", mode, '"add" or "scale"')
     matrices = ledger.use("attn_matrices", ["q", "v"])
-    if not isinstance(matrices, list | tuple) or not set(matrices) <= {"q", "k", "v"}:
+    if not isinstance(matrices, list | tuple) or not all(key in ("q", "k", "v") for key in matrices):
         refuse("attn_matrices", matrices, 'the library adapts "q", "k" and "v" only.')
     attention = tuple(key for key in _THIRDS if key in matrices) if flag(ledger, "selfattn_lora", default=True) else ()
     feed_forward = tuple(key for key in ("intermediate", "output") if flag(ledger, f"{key}_lora", default=False))

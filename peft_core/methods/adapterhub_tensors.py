@@ -22,7 +22,7 @@ from peft_core.spec import BaseModelSpec
 
 Names = dict[str, str]  # suffix -> tensor name
 _GROUPS = "adapters|loras|prefix_tunings|shared_parameters|prefix_gates|refts|prompt_tunings|invertible_adapters"
-_TENSOR = re.compile(rf"(?P<path>(?:.+\.)?)(?P<group>{_GROUPS})\.(?P<name>[^.]+)\.(?P<suffix>.+)")
+_ANY_NAME = "[^.]+"
 _NEVER: Mapping[str, str] = {
     "prefix_gates": "a gate that averages over the whole sequence, which no token may see",
     "refts": "an intervention at counted positions (ReFT)",
@@ -43,8 +43,9 @@ class HubTensors:
         self._lent: set[str] = set()
         unknown: list[str] = []
         heads = [path for path, site in spec.sites.items() if site.kind == "head"]
+        of_this, of_any = _expression(re.escape(name)), _expression(_ANY_NAME)
         for tensor in header:
-            found = _TENSOR.fullmatch(tensor)
+            found = of_this.fullmatch(tensor) or of_any.fullmatch(tensor)
             if found is not None:
                 self._add(tensor, found)
             elif tensor.rpartition(".")[0] in heads:
@@ -117,6 +118,10 @@ class HubTensors:
             return
         for group, inner in self._groups.items():
             self._groups[group] = {f"{root}.{path}" if path else root: names for path, names in inner.items()}
+
+
+def _expression(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?P<path>(?:.+\.)?)(?P<group>{_GROUPS})\.(?P<name>{name})\.(?P<suffix>.+)")
 
 
 def require_names(names: Names, expected: tuple[str, ...], what: str) -> None:
