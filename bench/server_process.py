@@ -17,12 +17,13 @@ _ROOT = Path(__file__).parent.parent
 
 
 class ServerProcess:
-    """`with ServerProcess(model, flags) as server: server.url`. Its store is a temporary directory."""
+    """`with ServerProcess(model, flags) as server: server.url`."""
 
-    def __init__(self, model: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(self, model: Path, flags: Sequence[str] = (), store: Path | None = None) -> None:
+        """`store`: its adapters' store, left as it is at the end; without it, a temporary directory."""
         self._folder = Path(tempfile.mkdtemp(prefix="veneer-bench-"))
         self._command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0"]
-        self._command += ["--store-dir", str(self._folder / "store"), *flags]
+        self._command += ["--store-dir", str(store or self._folder / "store"), *flags]
         self.log = self._folder / "stderr"
         self.url = ""
 
