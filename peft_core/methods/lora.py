@@ -26,6 +26,7 @@ from peft_core.forms import AdapterForms, EmbeddingChange, LinearDelta, SiteChan
 from peft_core.methods.base_weights import BaseWeights
 from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.lora_config import LoraConfig, read_lora_config
+from peft_core.methods.lora_experts import ExpertPlan, plan_experts
 from peft_core.methods.lora_forms import read_embedding, read_linear
 from peft_core.methods.lora_head import fold_head, refuse_at_head
 from peft_core.methods.lora_sites import SUFFIXES, TRAINING_SUFFIXES, LoraSite, match_site
@@ -49,6 +50,7 @@ class LoraPlan:
     config: LoraConfig
     sites: tuple[LoraSite, ...]  # in the base's order
     saved: SavedPlan
+    experts: ExpertPlan
     spec: BaseModelSpec
 
     def read(self, tensors: TensorSource, base: BaseWeights | None) -> AdapterForms:
@@ -74,6 +76,7 @@ class LoraPlan:
             linear=linear,
             changes=changes,
             embeddings=embeddings,
+            experts=self.experts.read(tensors),
             invocation_tokens=self.config.invocation_tokens,
         )
         return fold_head(merged(own, self.saved.read(tensors, base)), Vocabulary.of(self.spec).head)
@@ -90,8 +93,9 @@ def plan_lora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
     file = sort_tuner_file(header, spec, suffixes=SUFFIXES, irrelevant=TRAINING_SUFFIXES)
     _require_something(file, header)
     saved = file.saved.check(lora.common, header, spec)
-    sites = _match_sites(file, header, lora, saved, spec)
-    missing = _compare_targets(lora, sites, saved, spec)
+    experts = plan_experts(file.modules, lora, header, spec)
+    sites = _match_sites(file, header, lora, saved, experts, spec)
+    missing = (*_compare_targets(lora, sites, saved, experts, spec), *experts.missing)
     _refuse_always_active(lora, saved, spec)
     _refuse_lost_base(lora, sites, saved, spec)
     for site in sites:
@@ -99,15 +103,15 @@ def plan_lora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
     factors = sum(math.prod(header[name].shape) for site in sites for name in site.names)
     report = DecodeReport(
         kind=KIND,
-        sites=tuple(_matched(site, lora, saved) for site in sites),
-        num_parameters=factors + saved.num_parameters,
+        sites=(*(_matched(site, lora, saved) for site in sites), *experts.sites),
+        num_parameters=factors + experts.num_parameters + saved.num_parameters,
         irrelevant_fields=ledger.irrelevant,
         irrelevant_tensors=file.irrelevant,
-        warnings=tuple(_warnings(lora, sites, missing, saved, spec)),
-        forms=_forms(sites, saved),
+        warnings=tuple(_warnings(lora, sites, missing, saved, experts, spec)),
+        forms=_forms(sites, saved, experts),
         needs_base=lora.changes_base or lora.has_magnitudes or saved.needs_base,
     )
-    return LoraPlan(report, lora, sites, saved, spec)
+    return LoraPlan(report, lora, sites, saved, experts, spec)
 
 
 def _require_something(file: TunerFile, header: Header) -> None:
@@ -121,11 +125,13 @@ def _require_something(file: TunerFile, header: Header) -> None:
 
 
 def _match_sites(
-    file: TunerFile, header: Header, lora: LoraConfig, saved: SavedPlan, spec: BaseModelSpec
+    file: TunerFile, header: Header, lora: LoraConfig, saved: SavedPlan, experts: ExpertPlan, spec: BaseModelSpec
 ) -> tuple[LoraSite, ...]:
     vocabulary = Vocabulary.of(spec)
     found: dict[str, LoraSite] = {}
     for path, tensors in file.modules.items():
+        if path in experts.owned:
+            continue
         site = require_site(path, next(iter(tensors.values())), spec, kinds=("linear", "head", "embedding"))
         num_rows = vocabulary.size(path) if saved.vocabulary is None else saved.vocabulary
         found[path] = match_site(site, tensors, header, lora, num_rows if vocabulary.size(path) is not None else None)
@@ -133,13 +139,15 @@ def _match_sites(
 
 
 def _compare_targets(
-    lora: LoraConfig, sites: tuple[LoraSite, ...], saved: SavedPlan, spec: BaseModelSpec
+    lora: LoraConfig, sites: tuple[LoraSite, ...], saved: SavedPlan, experts: ExpertPlan, spec: BaseModelSpec
 ) -> tuple[str, ...]:
     """Hold the file against the config; returns the modules that are targeted but have no tensors."""
     rule = lora.common.rule
-    if rule is None:
+    if rule is None and not lora.parameters:
         return ()
-    targeted = targeted_sites(rule, spec, kinds=("linear", "head", "embedding"))
+    targeted = experts.linears
+    if rule is not None:
+        targeted |= targeted_sites(rule, spec, ("linear", "head", "embedding"), experts.owned)
     paths = {lora_site.site.path for lora_site in sites}
     if lora.common.ties_weights:
         twins = frozenset(twin for path in targeted if (twin := Vocabulary.of(spec).twin(path)) is not None)
@@ -216,8 +224,8 @@ def _matched(lora_site: LoraSite, lora: LoraConfig, saved: SavedPlan) -> Matched
     return MatchedSite(lora_site.site.path, lora_site.rank * (2 if is_doubled else 1), lora_site.scaling)
 
 
-def _forms(sites: tuple[LoraSite, ...], saved: SavedPlan) -> tuple[FormName, ...]:
-    own: list[FormName] = []
+def _forms(sites: tuple[LoraSite, ...], saved: SavedPlan, experts: ExpertPlan) -> tuple[FormName, ...]:
+    own: list[FormName] = ["experts"] if experts.sites else []
     for lora_site in sites:
         own.append("embedding" if lora_site.site.kind == "embedding" else "low rank")
         if lora_site.magnitude is not None and lora_site.site.kind != "embedding":
@@ -228,16 +236,22 @@ def _forms(sites: tuple[LoraSite, ...], saved: SavedPlan) -> tuple[FormName, ...
 
 
 def _warnings(
-    lora: LoraConfig, sites: tuple[LoraSite, ...], missing: tuple[str, ...], saved: SavedPlan, spec: BaseModelSpec
+    lora: LoraConfig,
+    sites: tuple[LoraSite, ...],
+    missing: tuple[str, ...],
+    saved: SavedPlan,
+    experts: ExpertPlan,
+    spec: BaseModelSpec,
 ) -> Iterable[str]:
     other_base = lora.common.other_base(spec)
     if other_base is not None:
         yield other_base
-    if lora.common.rule is None:
+    if lora.common.rule is None and not lora.parameters:
         yield "The config names no target_modules: every module with tensors in the file is adapted."
     if missing:
         yield f"The config targets {some(missing)}, for which the file has no tensors: left as in the base."
-    idle = lora.common.idle_patterns([lora_site.site.path for lora_site in sites])
+    idle = lora.common.idle_patterns([*(lora_site.site.path for lora_site in sites), *experts.paths])
     if idle:
         yield f"Entries of rank_pattern or alpha_pattern that decide for no module: {some(idle)}."
     yield from saved.warnings
+    yield from experts.warnings

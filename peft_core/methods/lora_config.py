@@ -37,6 +37,7 @@ USED_FIELDS = (
     "use_qalora",
     "qalora_group_size",
     "alora_invocation_tokens",
+    "target_parameters",
 )
 
 IRRELEVANT_FIELDS: Mapping[str, str] = {
@@ -60,7 +61,6 @@ REFUSED_FIELDS: Mapping[str, str] = {
     "invocation_string": "the first activated LoRAs named their invocation by its text. Save the adapter with "
     "alora_invocation_tokens, the text's token ids.",
     "layer_replication": "it makes another base model with more layers. Serve that model as the base.",
-    "target_parameters": "adapters on bare parameters (experts) are not served yet. Train on target_modules only.",
 }
 
 REFUSED_PARTS: Mapping[str, str] = {  # switched on even by an empty object
@@ -109,6 +109,7 @@ class LoraConfig:
     blocks: Blocks | None = None  # BD-LoRA
     pool: int = 1  # QALoRA: neighbouring inputs that are averaged
     invocation_tokens: tuple[int, ...] = ()  # aLoRA
+    parameters: tuple[str, ...] = ()  # targeted without their modules: whole paths, or the ends of paths
 
     @property
     def changes_base(self) -> bool:
@@ -147,6 +148,7 @@ def read_lora_config(ledger: ConfigLedger) -> LoraConfig:
         blocks=_read_blocks(ledger),
         pool=_read_pool(ledger),
         invocation_tokens=_read_invocation(ledger),
+        parameters=_read_parameters(ledger),
     )
     _refuse_together(config)
     ledger.close()
@@ -215,6 +217,11 @@ def _read_invocation(ledger: ConfigLedger) -> tuple[int, ...]:
         field="alora_invocation_tokens",
         value=tokens,
     )
+
+
+def _read_parameters(ledger: ConfigLedger) -> tuple[str, ...]:
+    names = ledger.use_names("target_parameters")
+    return (names,) if isinstance(names, str) else names
 
 
 def _refuse_together(config: LoraConfig) -> None:

@@ -46,6 +46,10 @@ class TargetRule:
         for pattern in self.saved:
             require_pattern("modules_to_save", pattern, _within_expression(pattern))
 
+    @property
+    def is_all_linear(self) -> bool:
+        return isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR
+
     def matches(self, path: str) -> bool:
         if self.leaves_out(path):
             return False
@@ -71,23 +75,29 @@ class TargetRule:
 
 
 def targeted_sites(
-    rule: TargetRule, spec: BaseModelSpec, kinds: Collection[SiteKind] = ("linear", "head")
+    rule: TargetRule,
+    spec: BaseModelSpec,
+    kinds: Collection[SiteKind] = ("linear", "head"),
+    experts: Collection[str] | None = None,
 ) -> frozenset[str]:
     """Paths of the sites that a rule means.
 
     Args:
         kinds: of sites that the adapter's kind can change.
+        experts: paths in the file that are of experts or routers; what a rule means there is then the caller's
+            business. None: the kind changes no experts.
 
     Raises:
         BaseMismatch: a target, or a layer, does not exist in this base.
         UnsupportedAdapter: a target is there, but is of another kind.
     """
-    if isinstance(rule.targets, str) and rule.targets.lower() == ALL_LINEAR:
+    if rule.is_all_linear:
         every = (site.path for site in spec.sites.values() if site.kind == "linear")
         return frozenset(path for path in every if not rule.leaves_out(path))
-    _require_existing(rule, spec)
+    _require_existing(rule, spec, experts or ())
     for path in (*spec.other_modules, *spec.norms):
-        if rule.matches(path):
+        is_adaptable = experts is not None and not spec.expert_parameters.keys().isdisjoint((path, f"{path}.weight"))
+        if rule.matches(path) and not is_adaptable:
             _refuse_other(rule, path)
     matched = frozenset(path for path in spec.sites if rule.matches(path))
     for path in matched:
@@ -155,8 +165,8 @@ def _endings(path: str) -> list[str]:
     return [".".join(parts[first:]) for first in range(len(parts))]
 
 
-def _require_existing(rule: TargetRule, spec: BaseModelSpec) -> None:
-    for entry in _unknown_entries(rule.targets, (*spec.sites, *spec.norms, *spec.other_modules)):
+def _require_existing(rule: TargetRule, spec: BaseModelSpec, experts: Collection[str]) -> None:
+    for entry in _unknown_entries(rule.targets, (*spec.sites, *spec.norms, *spec.other_modules, *experts)):
         raise BaseMismatch(
             f'field "target_modules" names {shown(entry)}, which this base ({spec.model_type}) does not have. '
             "Use the base that the adapter was trained on; if the adapter has no tensors for it, remove the entry.",

@@ -54,7 +54,6 @@ ON = {
     "layer_replication": [[0, 2], [1, 3]],
     "lora_bias": True,
     "modules_to_save": ["lm_head"],
-    "target_parameters": ["mlp.experts.down_proj"],
     "trainable_token_indices": [1, 2],
     "use_bdlora": {"nblocks": 2},
     "use_dora": True,
