@@ -93,7 +93,8 @@ def test_exit_codes_tell_no_from_nobody(server: FakeServer) -> None:
 
 def test_a_directory_is_inspected_without_a_server(adapter: Path) -> None:
     found = json.loads(veneer("adapters", "inspect", str(adapter), "--json").output)
-    assert (found["peft_type"], found["r"], found["tensors"], found["dtypes"]) == ("LORA", 4, 1, "F32")
+    assert (found["kind"], found["r"], found["tensors"], found["dtypes"]) == ("LORA", 4, 1, "F32")
+    assert (found["served"], found["reason"]) == (None, None)
     assert found["left_out"] == "optimizer.pt"
     (adapter / "adapter_model.safetensors").write_bytes(safetensors_bytes()[:-1])
     broken = veneer("adapters", "inspect", str(adapter))

@@ -31,7 +31,8 @@ def as_pickle(directory: Path) -> dict[str, torch.Tensor]:
 def mlx_adapter(directory: Path, *, scale: float = 3.0, **fields: Any) -> dict[str, torch.Tensor]:
     """A low-rank addition to two modules of the llama, as MLX writes it; returns path -> W's change, [out, in]."""
     generator = torch.Generator().manual_seed(4)
-    tensors, changes = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    changes: dict[str, torch.Tensor] = {}
     for path, rank, out in ((f"{LAYER}.self_attn.q_proj", 4, HIDDEN), (f"{LAYER}.mlp.up_proj", 2, 128)):
         down = torch.randn(HIDDEN, rank, generator=generator) / 8
         up = torch.randn(rank, out, generator=generator) / 8

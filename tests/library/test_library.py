@@ -145,7 +145,7 @@ async def test_identical_uploads_at_once_do_the_work_once(tmp_path: Path) -> Non
         ({"adapter_model.safetensors": b"PK\x03\x04" * 10}, InvalidHeader),
         ({"adapter_model.safetensors": make_files(1)["adapter_model.safetensors"][:-3]}, InvalidHeader),
         ({"adapter_config.json": b"{"}, AdapterRefused),
-        ({"adapter_config.json": make_files(1, use_dora=True)["adapter_config.json"]}, AdapterRefused),
+        ({"adapter_config.json": make_files(1, init_lora_weights="lora_ga")["adapter_config.json"]}, AdapterRefused),
     ],
 )
 def test_a_refused_upload_leaves_nothing_behind(

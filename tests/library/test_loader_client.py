@@ -53,8 +53,8 @@ def test_the_process_prepares_as_the_same_code_does_here(tmp_path: Path) -> None
 def test_a_refusal_crosses_the_border_whole_and_the_loader_goes_on(tmp_path: Path) -> None:
     async def scenario(loader: LoaderClient) -> None:
         with pytest.raises(AdapterRefused) as caught:
-            await loader.prepare(make_job(tmp_path / "bad", use_dora=True))
-        assert (caught.value.field, caught.value.value) == ("use_dora", "true")
+            await loader.prepare(make_job(tmp_path / "bad", init_lora_weights="lora_ga"))
+        assert (caught.value.field, caught.value.value) == ("init_lora_weights", '"lora_ga"')
         jobs = [make_job(tmp_path / str(seed), seed) for seed in range(5)]
         prepared = await asyncio.gather(*(loader.prepare(job) for job in jobs))
         assert len({item.effect_digest for item in prepared}) == 5

@@ -109,10 +109,10 @@ def test_another_base_is_refused_naming_the_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"swirl_factor": 3}, "swirl_factor"),
-        ({"peft_type": "BOFT"}, "peft_type"),
+        ({"peft_type": "LILY"}, "peft_type"),
     ],
 )
 def test_a_field_that_cannot_be_honoured_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], field: str) -> None:
