@@ -73,6 +73,11 @@ def _cpt(model: PreTrainedModel, arch: str) -> Any:
     )
 
 
+def _with_first_linear(suffix: Callable[[PreTrainedModel], str]) -> ConfigOf:
+    """LoRA on a table, and on something else beside it."""
+    return lambda model, arch: _lora(target_modules=[suffix(model), all_targets(arch)[0]])(model, arch)
+
+
 def _alora(model: PreTrainedModel, arch: str) -> Any:
     targets = attention_targets(arch) if arch == "opt" else all_targets(arch)  # PEFT fails on rows that OPT flattens
     values = {"r": 4, "lora_alpha": 8, "alora_invocation_tokens": INVOCATION}
@@ -99,8 +104,8 @@ KINDS: Mapping[str, ConfigOf] = {
     "rslora": _lora(use_rslora=True),
     "lora-bias": _lora(lora_bias=True),
     "lora-norms": _lora(modules_to_save=norm_suffixes),
-    "lora-embedding": _lora(target_modules=lambda model: [embedding_suffix(model), "q_proj"]),
-    "lora-head": _lora(target_modules=lambda model: [head_suffix(model), "q_proj"]),
+    "lora-embedding": _with_first_linear(embedding_suffix),
+    "lora-head": _with_first_linear(head_suffix),
     "lora-tables": _lora(modules_to_save=lambda model: [embedding_suffix(model), head_suffix(model)]),
     "lora-tokens": _lora(trainable_token_indices=[3, 5, 8, 13, 21]),
     "dora": _lora(use_dora=True),
@@ -148,9 +153,12 @@ KINDS: Mapping[str, ConfigOf] = {
     "multitask": _prompt("MultitaskPromptTuningConfig", num_tasks=3, num_ranks=2),
     "cpt": _cpt,
 }
-_NO_CONV1D = ("olora", "loha", "lokr", "hra", "miss", "delora", "psoft", "peanut", "oft", "boft", "road", "c3a", "shira",
-              "supertuning", "glora", "beft")  # fmt: skip
-ABSENT: Mapping[str, frozenset[str]] = {"gpt2": frozenset(_NO_CONV1D)}  # kinds that PEFT itself cannot make on an architecture
+# Kinds that PEFT itself cannot make on an architecture: those that know no transposed linears.
+ABSENT: Mapping[str, frozenset[str]] = {
+    "gpt2": frozenset(
+        ("olora", "loha", "lokr", "hra", "miss", "delora", "psoft", "peanut", "oft", "boft", "road", "c3a", "shira")
+    ).union(("supertuning", "glora", "beft"))
+}
 TASKS: Mapping[str, int] = {"multitask": 1}  # the kinds whose requests name a task
 PROMPT_ROWS = ("prompt", "p-tuning", "multitask", "cpt")  # kinds whose forward returns logits of virtual tokens too
 
