@@ -30,9 +30,9 @@ class ConfigLedger:
         value = self._left.pop(field, None)
         return default if value is None else value
 
-    def use_flag(self, field: str) -> bool:
-        """Take a field that is true or false; absent means false."""
-        value = self.use(field, False)
+    def use_flag(self, field: str, default: bool = False) -> bool:
+        """Take a field that is true or false; absent means the default."""
+        value = self.use(field, default)
         return value if isinstance(value, bool) else self._wrong_type(field, value, "true or false")
 
     def use_count(self, field: str) -> int | None:
@@ -41,6 +41,13 @@ class ConfigLedger:
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             return value
         return self._wrong_type(field, value, "an integer above 0")
+
+    def use_size(self, field: str) -> int | None:
+        """Take a field that is an integer of at least 0, where 0 may have a meaning; None where it is absent."""
+        value = self.use(field)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+            return value
+        return self._wrong_type(field, value, "an integer of at least 0")
 
     def use_number(self, field: str, default: float) -> float:
         """Take a field that is a finite number."""

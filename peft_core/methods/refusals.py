@@ -1,0 +1,35 @@
+"""Refusals that many kinds share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peft_core.errors import MalformedAdapter, UnsupportedAdapter, shown
+from peft_core.spec import Site
+
+
+def refuse_conv1d(site: Site, names: Mapping[str, str], kind: str) -> None:
+    """Raises UnsupportedAdapter at a `transformers.Conv1D`, for a kind that PEFT makes on linear modules only."""
+    if not site.transposed:
+        return
+    name = next(iter(names.values()))
+    raise UnsupportedAdapter(
+        f'tensor "{name}" adapts "{site.path}", which is a Conv1D in this base: {kind} is defined on linear modules '
+        "only. Use the base that the adapter was trained on.",
+        tensor=name,
+    )
+
+
+def contradiction(name: str, says: str, field: str, value: object) -> MalformedAdapter:
+    """The error for a tensor and a field that disagree.
+
+    Args:
+        says: follows the tensor's name: "scales inputs".
+    """
+    return MalformedAdapter(
+        f'tensor "{name}" {says}, but field "{field}" = {shown(value)} says otherwise. '
+        "Config and tensors are not of one adapter; save it again.",
+        field=field,
+        value=value,
+        tensor=name,
+    )
