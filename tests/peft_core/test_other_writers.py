@@ -126,7 +126,7 @@ def test_an_additional_target_of_llama_factory_is_a_replaced_module(tmp_path: Pa
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora"])
-def test_a_converted_initialisation_is_a_plain_adapter_of_twice_the_rank(start: str, tmp_path: Path) -> None:
+def test_a_converted_initialisation_is_a_plain_adapter_of_twice_the_rank(start: Any, tmp_path: Path) -> None:
     model = tiny_base("llama")
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
     adapted: Any = wrap(model, config)
@@ -187,7 +187,7 @@ def test_a_field_that_may_change_the_outputs_is_refused_unless_off(field: str, t
 def test_patterns_are_honoured_where_other_servers_take_one_scaling(tmp_path: Path) -> None:
     """vLLM multiplies every module by lora_alpha / r of the config, whatever the patterns say."""
     model = tiny_base("llama")
-    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}
+    patterns: dict[str, Any] = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}
     make_lora(model, tmp_path, rank=4, alpha=8, targets=["q_proj", "v_proj"], **patterns)
     report = assert_equals_peft(model, tmp_path).report
     assert {site.scaling for site in report.sites} == {4.0, 8.0}
