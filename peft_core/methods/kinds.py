@@ -17,7 +17,6 @@ ADAPTERHUB = "ADAPTERHUB"  # no `peft_type` says it: the config has another stru
 # What follows `peft_type "X": `. "not served yet" may come; the others cannot be served in a shared batch at all.
 _LATER: Mapping[str, str] = {
     "ADAPTION_PROMPT": "adaption prompts (LLaMA-Adapter)",
-    "TRAINABLE_TOKENS": "trainable tokens",
 }
 _NEVER: Mapping[str, str] = {
     "ADAMSS": "AdaMSS stores no row indices, so its update cannot be rebuilt from the file.",

@@ -66,8 +66,13 @@ class SavedModules:
             kinds[kind][path] = name
         return cls(kinds["weight"], kinds["bias"], kinds["copy"], kinds["rows"])
 
-    def check(self, config: TunerConfig, header: Header, spec: BaseModelSpec) -> SavedPlan:
+    def check(
+        self, config: TunerConfig, header: Header, spec: BaseModelSpec, *, tokens_field: str = _TOKENS_FIELD
+    ) -> SavedPlan:
         """Hold every replaced parameter against the base and the config.
+
+        Args:
+            tokens_field: of the config, that lists the tokens of replaced rows.
 
         Raises:
             UnsupportedAdapter, MalformedAdapter, BaseMismatch: naming the field or the tensor that is to blame.
@@ -79,7 +84,7 @@ class SavedModules:
         for path, name in self.biases.items():
             _check_bias(path, name, header, spec)
         num_rows = _common_rows(weights, header, vocabulary)
-        rows = match_rows(self.token_rows, config.token_indices, header, spec, field=_TOKENS_FIELD)
+        rows = match_rows(self.token_rows, config.token_indices, header, spec, field=tokens_field)
         self._check_rows(rows, num_rows, config, vocabulary)
         self._check_listed(config, spec, vocabulary)
         trained = (*self.weights.values(), *self.biases.values(), *self.token_rows.values())
