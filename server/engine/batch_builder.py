@@ -122,6 +122,7 @@ class BatchBuilder:
             entries = decoding[members]
             columns = np.arange(num_blocks)
             own = np.where(columns < used[members, None], columns, 0)
+            pinned = table.position_offset[rows[entries]]
             units = table.blocks[rows[entries, None], own].astype(np.int64)
             buckets.append(
                 DecodeBucket(
@@ -129,6 +130,7 @@ class BatchBuilder:
                     blocks=self._tensor(units.reshape(-1) * (2 * self.cache.shape.num_layers)),
                     lengths=self._tensor(lengths[members]),
                     padded_length=num_blocks * table.block_size,
+                    pinned=self._tensor(pinned) if pinned.any() else None,
                 )
             )
         return buckets
@@ -142,7 +144,7 @@ class BatchBuilder:
             used = -(-(start + count) // table.block_size) if start else 0
             units = table.blocks[rows[entry], :used].astype(np.int64)
             blocks = self._tensor(units * (2 * self.cache.shape.num_layers))
-            chunks.append(Chunk(int(firsts[entry]), count, start, blocks))
+            chunks.append(Chunk(int(firsts[entry]), count, start, blocks, int(table.position_offset[rows[entry]])))
         return chunks
 
     def _prefixes(

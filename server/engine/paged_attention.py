@@ -10,7 +10,9 @@ Rows of a K/V prefix compute like any other, but their K and V are replaced by t
 reads them.
 
 Semantics, for the token at position p of a sequence, over its keys j:
-    softmax(cap(scaling * q . k_j) [, sink])  over  max(0, p - window + 1) <= j <= p
+    softmax(cap(scaling * q . k_j) [, sink])  over  max(0, p - window + 1) <= j <= p, and over j < pinned <= p
+
+`pinned` tokens stay in sight of every window: a prefix behind which the prompt begins at position 0 was trained so.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class DecodeBucket:
     blocks: torch.Tensor  # [n * num_blocks] int64
     lengths: torch.Tensor  # [n] int64, tokens to attend to, the row's own included
     padded_length: int  # tokens
+    pinned: torch.Tensor | None = None  # [n] int64, leading tokens that no window hides; None: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Chunk:
     num_rows: int
     start: int
     blocks: torch.Tensor  # [blocks] int64, as in DecodeBucket; empty when start is 0
+    pinned: int = 0  # as in DecodeBucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +235,8 @@ class _Call:
             positions = torch.arange(bucket.padded_length, device=self.query.device)
             hidden = positions >= bucket.lengths[:, None]
             if self.window is not None:
-                hidden |= positions < (bucket.lengths - self.window)[:, None]
+                left = positions < (bucket.lengths - self.window)[:, None]
+                hidden |= left if bucket.pinned is None else left & (positions >= bucket.pinned[:, None])
             self.paged.masks[key] = _additive(hidden, self.query)[:, None, None]
         mask = self.paged.masks[key]
         assert mask is not None
@@ -253,7 +258,7 @@ def _causal_mask(chunk: Chunk, window: int | None, like: torch.Tensor) -> torch.
     others = torch.arange(length, device=like.device)
     hidden = others > own
     if window is not None:
-        hidden |= others <= own - window
+        hidden |= (others <= own - window) & (others >= chunk.pinned)
     return _additive(hidden, like)
 
 

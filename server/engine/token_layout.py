@@ -8,7 +8,8 @@ Running example: 3 virtual tokens, task 1, prompt [7, 9]; B is `VIRTUAL_TOKEN_BA
 
     tokens     [B+3 B+4 B+5 | 7 9]
     positions  [ 0   1   2  | 3 4]     PEFT: the first real token stands at 3
-    positions  [ 0   0   0  | 0 1]     first_position 0 (AdapterHub's prefixes; what the virtual ones get is of no use)
+    positions  [ 0   0   0  | 0 1]     first_position 0 (AdapterHub's prefixes; what the virtual ones get is of no use);
+                                       the tokens before position_offset stay in sight of sliding windows
 """
 
 from __future__ import annotations
