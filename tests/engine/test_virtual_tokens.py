@@ -168,7 +168,7 @@ def test_an_adapters_larger_vocabulary_is_its_requests_only() -> None:
 
 def test_a_token_beyond_the_bases_vocabulary_ends_nothing_by_itself() -> None:
     bench = Bench()
-    bench.runner._vocab_size = 2**20  # type: ignore[attr-defined]
+    bench.runner._vocab_size = 2**20
     bench.run(ask("a", [1], ticket("wide", vocab_size=2**20), max_new_tokens=8, ignore_eos=False))
     assert bench.ends["a"].finish is FinishReason.LENGTH
     assert max(bench.answers["a"]) >= 64, "or the test shows nothing"
