@@ -27,7 +27,8 @@ from peft_core.methods import DecodeReport, check
 from peft_core.spec import BaseModelSpec
 from tests.tiny_models import make_lora, make_model
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
+_FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_NAMES = {**_FLOATS, torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8"}
 
 
 class Entry(NamedTuple):

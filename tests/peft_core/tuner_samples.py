@@ -42,7 +42,10 @@ def make_sample(sample: Sample, arch: str, directory: Path, *, seed: int = 5, **
     """Train nothing: wrap the shared model, move every trained value, save."""
     targets = all_targets(arch) if sample.everywhere else attention_targets(arch)
     values = {"target_modules": targets, "task_type": "CAUSAL_LM", **sample.fields, **fields}
-    adapted = wrapped(shared_model(arch), sample.config(**values))
+    with warnings.catch_warnings():  # e.g. of what is not saved
+        warnings.simplefilter("ignore")
+        config = sample.config(**values)
+    adapted = wrapped(shared_model(arch), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -54,7 +57,8 @@ def make_sample(sample: Sample, arch: str, directory: Path, *, seed: int = 5, **
 
 
 def wrapped(model: PreTrainedModel, config: Any) -> PeftModel:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        torch.manual_seed(17)  # PEFT starts some values at random
         warnings.simplefilter("ignore")
         adapted: PeftModel = get_peft_model(copy.deepcopy(model), config)
     return adapted
