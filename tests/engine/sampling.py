@@ -25,6 +25,7 @@ class Row:
     params: SamplingParams
     prompt: tuple[int, ...] = (5, 7, 5)
     generated: tuple[int, ...] = ()
+    vocab: int | None = None  # of its adapter, where that is larger
 
 
 def params(**values: Any) -> SamplingParams:
@@ -47,7 +48,7 @@ class Desk:
         self.table.length[place] = len(tokens)
         self.table.prompt_length[place] = len(row.prompt)
         prompt, generated = np.array(row.prompt, dtype=np.int32), np.array(row.generated, dtype=np.int32)
-        self.sampler.join(place, row.params, prompt, generated)
+        self.sampler.join(place, row.params, prompt, generated, vocab_size=row.vocab)
 
     def sample(self, logits: torch.Tensor) -> Sampled:
         return self.sampler.sample(logits, self.places, self.table)
