@@ -30,6 +30,7 @@ from bench.workloads import ALL_LINEAR, AdapterShape
 from peft_core.image import pack, write_image
 from peft_core.methods import decode
 from peft_core.spec import BaseModelSpec
+from peft_core.traits import traits_of
 from server.engine.description import EngineDescription
 from server.engine.request import AdapterTicket
 
@@ -155,11 +156,12 @@ def ticket(directory: Path, description: EngineDescription) -> AdapterTicket:
     path = directory.with_name(f"{directory.name}.{description.adapter_dtype}.img")
     spec = BaseModelSpec.from_json(description.spec)
     config: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text())
-    decoded = decode(config, LoadedTensors(load_file(directory / "adapter_model.safetensors")), spec)
+    weights = next(file for file in directory.glob("*.safetensors"))
+    decoded = decode(config, LoadedTensors(load_file(weights)), spec)
     image = pack(decoded.forms, spec, description.adapter_dtype)
     write_image(path, image)
     key = hashlib.sha256(f"{path}|{spec.fingerprint}".encode()).hexdigest()
-    return AdapterTicket(key, directory.name, str(path), image.num_bytes)
+    return AdapterTicket(key, directory.name, str(path), image.num_bytes, traits_of(decoded.forms))
 
 
 def tickets(

@@ -18,7 +18,7 @@ from server.engine.engine import Engine
 
 # PEFT asks transformers for a property by its old name.
 PEFT_USES_AN_OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-BENCHES = ("versus_peft", "mixed", "registered", "host_time", "serving")
+BENCHES = ("versus_peft", "mixed", "registered", "host_time", "serving", "kinds", "loading")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,21 @@ def test_host_time_runs_and_leaves_the_engine_as_it_was(cache: Path, tmp_path: P
     with watching():
         assert Engine.step is not method
     assert Engine.step is method
+
+
+def test_kinds_runs_and_every_kind_acts_alike_in_any_company(cache: Path, tmp_path: Path) -> None:
+    found = run("kinds", cache, tmp_path)
+    rows = {row["16 rows of"]: row for row in found["rows"]}  # type: ignore[attr-defined]
+    assert list(rows) == ["base", "LoRA", "IA3", "prefix", "bottleneck", "mixed"]
+    assert all(row["unlike the base"] != "0/16" for name, row in rows.items() if name != "base")
+    assert str(found["findings"][1]).endswith(": 16/16")  # type: ignore[index]
+
+
+def test_loading_runs_and_only_some_kinds_read_the_base(cache: Path, tmp_path: Path) -> None:
+    found = run("loading", cache, tmp_path)
+    of_base = {row["kind"]: row["base ms"]["median"] for row in found["rows"]}  # type: ignore[attr-defined]
+    assert {kind for kind, ms in of_base.items() if ms > 0} == {"DoRA", "PiSSA"}
+    assert len(of_base) == 6
 
 
 @pytest.mark.slow
