@@ -64,7 +64,6 @@ def plan_tinylora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
     ledger.close()
     file = sort_tuner_file(header, spec, suffixes=(*FACTORS, PROJECTION), shared=(f"{VECTOR}.*",))
     numbers, groups = _numbers(tuner, spec), _groups(tuner, spec, tying)
-    _require_used(file, groups)
 
     def match(site: Site, names: Names) -> MatchedSite:
         require_all(names, site.path, FACTORS)
@@ -88,7 +87,10 @@ def plan_tinylora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
 
     is_drawn = any(PROJECTION not in names for names in file.modules.values())
     warnings = (_REGENERATED,) if is_drawn else ()
-    return TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random, warnings).plan(match, formula)
+    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random, warnings)
+    plan = draft.plan(match, formula)
+    _require_used(file, groups)
+    return plan
 
 
 def _numbers(tuner: TunerConfig, spec: BaseModelSpec) -> dict[str, int]:

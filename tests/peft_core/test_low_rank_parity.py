@@ -18,12 +18,6 @@ from tests.tiny_models import load_oracle, random_prompt
 PROMPT = random_prompt(24, seed=3)
 CASES = [(name, arch) for name, sample in SAMPLES.items() for arch in sample.architectures]
 DENSE = {"loha, wide", "gralora, hybrid", "miss, bat", "osf, half", "osf, patterns"}  # the whole matrix is smaller
-    "loha, wide",
-    "gralora, hybrid",
-    "miss, bat",
-    "osf, half",
-    "osf, patterns",
-}  # whole matrices are smaller than their factors
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
