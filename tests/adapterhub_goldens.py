@@ -1,8 +1,8 @@
 """What AdapterHub's library computes with its adapters, as `make goldens` has stored it, and the bases it did it on.
 
-    golden = read_golden("llama", "seq_bn")
-    config, tensors = golden.files()               # as the store would hand them to a decoder
-    golden.prompt, golden.answer, golden.logits    # [last rows of prompt and answer, vocabulary]
+golden = read_golden("llama", "seq_bn")
+config, tensors = golden.files()               # as the store would hand them to a decoder
+golden.prompt, golden.answer, golden.logits    # [last rows of prompt and answer, vocabulary]
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+"""Adapters of AdapterHub in the running engine: all of a base's in one batch, and each answers as the library did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_core.methods import decode
+from server.engine.request import AdapterTicket, FinishReason
+from tests.adapterhub_goldens import BASES, INDEX, Golden, golden_model, read_golden
+from tests.tiny_engine import Answer, Ask, TinyEngine
+
+TOLERANCE = 1e-4  # of log probabilities
+
+
+def goldens_of(base: str) -> list[Golden]:
+    return [read_golden(base, name) for name in INDEX["bases"][base]]
+
+
+def add(engine: TinyEngine, golden: Golden) -> AdapterTicket | None:
+    if golden.name == "base":
+        return None
+    config, tensors = golden.files()
+    return engine.add_forms(golden.name, decode(config, tensors, engine.spec, engine.base).forms)
+
+
+def assert_is_the_library_s(golden: Golden, answer: Answer) -> None:
+    assert answer.finish is FinishReason.LENGTH, answer.error
+    assert answer.tokens == golden.answer, golden.name
+    expected = golden.logits[-len(golden.answer) - 1 : -1].double().log_softmax(-1)
+    difference = (torch.from_numpy(answer.logprobs) - expected).abs().max()
+    assert float(difference) <= TOLERANCE, golden.name
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_all_adapters_of_a_base_in_one_batch(base: str, tmp_path: Path) -> None:
+    engine = TinyEngine(golden_model(base), tmp_path, chunk_size=16)
+    goldens = goldens_of(base)
+    asks = [Ask(one.name, one.prompt, add(engine, one), num_tokens=len(one.answer)) for one in goldens]
+    answers = engine.run(asks, stagger_steps=2)
+    for golden in goldens:
+        assert_is_the_library_s(golden, answers[golden.name])
