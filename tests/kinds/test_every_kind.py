@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tests.kinds.served import Served, prompt_for, serve_every_kind
 from tests.kinds.zoo import ABSENT, KINDS, make_adapter, peft_logits
@@ -65,6 +66,11 @@ def test_the_comparison_sees_every_kind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(ABSENT["gpt2"]))
 def test_absent_means_that_the_library_itself_cannot(kind: str, tmp_path: Path) -> None:
+    """It raises when the adapter is made or run, or writes a file without tensors."""
     model = make_model("gpt2", seed=1)
-    with pytest.raises(Exception, match=r"Conv1D|not support|shapes cannot be multiplied"):
-        load_oracle(model, make_adapter(kind, model, "gpt2", tmp_path / kind))(input_ids=None)
+    try:
+        oracle = load_oracle(model, make_adapter(kind, model, "gpt2", tmp_path / kind))
+        peft_logits(kind, oracle, [2, 3], [4])
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return
+    assert not load_file(str(tmp_path / kind / "adapter_model.safetensors"))
