@@ -89,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of base and adapters")
     arguments = parser.parse_args(argv)
     shape = TINY if arguments.quick else STANDARD
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
 
     base = base_directory(shape, arguments.cache)
     _, description = build_engine(
-        EngineConfig(model=str(base), dtype=arguments.dtype), lambda stage, _: progress(f"engine: {stage}")
+        EngineConfig(model=str(base), dtype=arguments.dtype, num_threads=arguments.threads),
+        lambda stage, _: progress(f"engine: {stage}"),
     )
+    torch.set_num_threads(arguments.threads or 1)  # one in the server's loader, which works beside the engine
     spec = BaseModelSpec.from_json(description.spec)
     files = BaseFiles(base, spec, getattr(torch, arguments.dtype))
     directories = {kind: kind_directory(shape, kind, 0, arguments.cache) for kind in ALL_KINDS}
