@@ -21,7 +21,7 @@ from typing import Any
 from peft_core.errors import MalformedAdapter
 from peft_core.forms import SiteChange
 from peft_core.methods.ledger import ConfigLedger
-from peft_core.methods.refusals import contradiction, refuse_conv1d
+from peft_core.methods.refusals import contradiction, refuse_conv1d, require_whole_blocks
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.rotations import butterfly, cayley, skew_part
 from peft_core.methods.site_tensors import shape_of
@@ -59,6 +59,7 @@ def plan_boft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
         name = names[_FACTORS]
         factors, blocks, rows, _ = shape_of(header, name, site, (None, None, None, None))
         shape_of(header, name, site, (factors, ("in", rows), rows, rows))
+        require_whole_blocks(site, name, rows, "in")
         shape_of(header, names[_SCALES], site, ("out", 1))
         if size and size != rows:
             raise contradiction(name, f"has blocks of size {rows}", "boft_block_size", size)

@@ -17,7 +17,7 @@ import torch
 
 from peft_core.forms import SiteChange
 from peft_core.methods.ledger import ConfigLedger
-from peft_core.methods.refusals import contradiction, refuse_conv1d
+from peft_core.methods.refusals import contradiction, refuse_conv1d, require_whole_blocks
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.site_tensors import shape_of
 from peft_core.methods.targets import first_match, require_endings
@@ -56,6 +56,7 @@ def plan_c3a(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> 
         if block != stated:
             raise contradiction(name, f"has blocks of {block}", "block_size", stated)
         shape_of(header, name, site, (("out", block), ("in", block), block))
+        require_whole_blocks(site, name, block, "in", "out")
         return MatchedSite(site.path, 0, 1.0)
 
     draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random=starts_random)

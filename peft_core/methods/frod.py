@@ -26,7 +26,7 @@ from peft_core.errors import MalformedAdapter
 from peft_core.forms import SiteChange
 from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.report import MatchedSite
-from peft_core.methods.site_tensors import INTEGER_DTYPES, require_indices, shape_of
+from peft_core.methods.site_tensors import INTEGER_DTYPES, Dimension, require_indices, shape_of
 from peft_core.methods.tensors import Header
 from peft_core.methods.tuner_config import read_tuner_config
 from peft_core.methods.tuner_file import require_all, sort_tuner_file
@@ -36,6 +36,8 @@ from peft_core.spec import BaseModelSpec, Site
 KIND = "FROD"
 _DIAGONAL, _VALUES = "frod_lambda_l", "frod_lambda_s_values"
 _BASIS, _PLACES, _SIZE = "frod_V", "frod_s_indices", "frod_s_size"
+_LINE: tuple[Dimension, ...] = ("in",)
+_SQUARE: tuple[Dimension, ...] = ("in", "in")
 _SMALLEST_NORM = 1e-12
 _IRRELEVANT: Mapping[str, str] = {
     "frod_dropout": "dropout is off at inference",
@@ -75,8 +77,8 @@ def plan_frod(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
     def match(site: Site, names: Names) -> MatchedSite:
         require_all(names, site.path, (_DIAGONAL, _VALUES))
         basis, places, size = (_shared_name(file.shared, part, site, names) for part in (_BASIS, _PLACES, _SIZE))
-        shape_of(header, names[_DIAGONAL], site, ("in",))
-        shape_of(header, basis, site, ("in", "in"))
+        shape_of(header, names[_DIAGONAL], site, _LINE)
+        shape_of(header, basis, site, _SQUARE)
         _, number = shape_of(header, places, site, (2, _length(header, places)), dtypes=INTEGER_DTYPES)
         shape_of(header, size, site, (2,), dtypes=INTEGER_DTYPES)
         shape_of(header, names[_VALUES], site, (number,))
@@ -86,8 +88,8 @@ def plan_frod(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
         category = _category(data.site.path)
         basis, places = data.shared[f"{_BASIS}.{category}"], data.shared[f"{_PLACES}.{category}"]
         side = data.site.in_features
-        for part in (places, data.shared[f"{_SIZE}.{category}"] - 1):
-            require_indices(part, side, file.shared[f"{_PLACES}.{category}"])
+        _require_size(data.shared[f"{_SIZE}.{category}"], side, file.shared[f"{_SIZE}.{category}"])
+        require_indices(places, side, file.shared[f"{_PLACES}.{category}"])
         middle = torch.diag(data.own[_DIAGONAL])
         middle = middle.index_put((places[0], places[1]), data.own[_VALUES], accumulate=True)
         return SiteChange(replacement=_directions(data.weight(), basis) @ middle @ basis.T)
@@ -124,6 +126,15 @@ def _directions(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         columns = wide @ torch.linalg.pinv(v, rtol=1e-6).T
     norms = columns.norm(dim=0)
     return torch.where(norms > _SMALLEST_NORM, columns / norms, 0.0).float()
+
+
+def _require_size(size: torch.Tensor, side: int, name: str) -> None:
+    if size.tolist() != [side, side]:
+        raise MalformedAdapter(
+            f'tensor "{name}" says a size of {size.tolist()}; the modules that it belongs to need {[side, side]}. '
+            "The file is damaged; save the adapter again.",
+            tensor=name,
+        )
 
 
 def _length(header: Header, name: str) -> int:

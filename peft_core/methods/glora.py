@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from peft_core.errors import MalformedAdapter
 from peft_core.forms import LinearDelta, SiteChange
 from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.refusals import refuse_conv1d
@@ -86,6 +87,7 @@ def plan_glora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -
 
 def _change(data: SiteData) -> SiteChange | tuple[SiteChange, LinearDelta]:
     site = data.site
+    _require_zeros(data)
     scale, addition = _value(data, "A"), _value(data, "B")
     gain = None if scale is None or scale.shape == (site.out_features, site.in_features) else 1 + scale.flatten()
     shift = _shift(data, gain) if site.has_bias else None
@@ -115,6 +117,16 @@ def _value(data: SiteData, letter: str) -> torch.Tensor | None:
     if f"{name}.Xd" in own:
         return own[f"{name}.Xd"] @ own[f"{name}.Xu"]
     return own.get(f"{name}.X")
+
+
+def _require_zeros(data: SiteData) -> None:
+    for suffix, values in data.own.items():
+        if suffix.endswith(".zeros") and bool(values.any()):
+            raise MalformedAdapter(
+                f'{suffix} of "{data.site.path}" holds values that are not 0, though the config says that there are '
+                "none. The file is damaged or was written by another tool; save the adapter again.",
+                tensor=suffix,
+            )
 
 
 def _shapes(choice: str, rank: int, whole: tuple[Dimension, ...]) -> _Shapes:

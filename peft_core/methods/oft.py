@@ -38,6 +38,7 @@ from peft_core.spec import BaseModelSpec, Site
 KIND = "OFT"
 _SUFFIX = "oft_R.weight"
 _DEFAULT_TERMS = 5
+_MAX_TERMS = 64
 _DEFAULT_LIMIT = 6e-5
 _SERIES_SINCE = (0, 18)  # version of PEFT
 
@@ -54,6 +55,8 @@ class _Rotation:
     def size_at(self, site: Site) -> int:
         """The size of a block that PEFT makes of the config: the divisor of the inputs nearest to what it says."""
         wanted, total = self.size or self.num_blocks, site.in_features
+        if total % wanted == 0:
+            return self.size or total // wanted
         divisors = [number for number in range(1, total + 1) if total % number == 0]
         nearest = min(divisors, key=lambda number: (abs(number - wanted), number))
         return nearest if self.size else total // nearest
@@ -88,6 +91,11 @@ def plan_oft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> 
         name = names[_SUFFIX]
         _, num_values = shape_of(header, name, site, (None, None))
         size = _size_of(num_values)
+        if size * (size - 1) // 2 != num_values:
+            raise MalformedAdapter(
+                f'tensor "{name}" has {num_values} values a block, which no skew matrix has. Save the adapter again.',
+                tensor=name,
+            )
         if size != rotation.size_at(site):
             field, value = ("oft_block_size", rotation.size) if rotation.size else ("r", rotation.num_blocks)
             raise contradiction(name, f"has {num_values} values a block, which is a size of {size}", field, value)
@@ -123,10 +131,13 @@ def _read_rotation(ledger: ConfigLedger) -> _Rotation:
             field="r",
             value=num_blocks,
         )
+    num_terms = ledger.use_count("num_cayley_neumann_terms") or _DEFAULT_TERMS
+    if num_terms > _MAX_TERMS:
+        refuse("num_cayley_neumann_terms", num_terms, f"at most {_MAX_TERMS} are computed. Train with fewer.")
     limit = ledger.use_number("eps", _DEFAULT_LIMIT)
     return _Rotation(
         is_series=ledger.use_flag("use_cayley_neumann", True),
-        num_terms=ledger.use_count("num_cayley_neumann_terms") or _DEFAULT_TERMS,
+        num_terms=num_terms,
         norm_limit=limit if ledger.use_flag("coft") else None,
         is_shared=ledger.use_flag("block_share"),
         num_blocks=num_blocks,

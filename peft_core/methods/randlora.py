@@ -11,7 +11,8 @@
         y += scaling * large small x,   scaling = randlora_alpha / r     (small^T large^T where the outputs are fewer)
 
 The product has full rank and is kept as a whole matrix. Where save_projection is false the random matrices are drawn
-again from projection_prng_key, in the sizes that the targeted modules need. PEFT also stores copies of them under every
+again from projection_prng_key, in the sizes that the targeted modules need, and in bfloat16, as PEFT does on every
+machine that knows it. PEFT also stores copies of them under every
 module; they change nothing.
 """
 
@@ -25,9 +26,10 @@ import torch
 
 from peft_core.errors import UnsupportedAdapter
 from peft_core.forms import SiteChange
-from peft_core.methods.ledger import ConfigLedger
+from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.report import MatchedSite
-from peft_core.methods.site_tensors import shape_of
+from peft_core.methods.site_tensors import Side, shape_of
+from peft_core.methods.spectrum import MAX_SEED
 from peft_core.methods.tensors import Header
 from peft_core.methods.tuner_config import TunerConfig, read_tuner_config
 from peft_core.methods.tuner_file import TunerFile, require_all, sort_tuner_file
@@ -39,6 +41,10 @@ _SCALES, _BASE_SCALES = "randlora_lambda", "randlora_gamma"
 _SMALL, _LARGE = "randlora_A", "randlora_B"
 _DEFAULT_RANK = 32
 _DEFAULT_ALPHA = 640
+_DRAWN_AGAIN = (
+    "The random matrices are not stored and were drawn again in bfloat16. PEFT draws others on a machine that does not "
+    "know bfloat16; if it was trained on one, save it with save_projection=True."
+)
 
 
 class _Projection(NamedTuple):
@@ -61,7 +67,7 @@ class _Projection(NamedTuple):
         small = _uniform((self.rank, 1, self.smallest), generator)
         parts = [_uniform((self.largest, 1, self.rank), generator) for _ in range(num_bases)]
         large = torch.cat(parts, dim=1)
-        return {_SMALL: small / small.std(), _LARGE: large / large.std()}
+        return {_SMALL: (small / small.std()).float(), _LARGE: (large / large.std()).float()}
 
 
 def plan_randlora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> TunerPlan:
@@ -78,6 +84,8 @@ def plan_randlora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
     ledger.set_aside({"randlora_dropout": "dropout is off at inference"})
     is_stored = ledger.use_flag("save_projection", True)
     key = ledger.use_size("projection_prng_key") or 0
+    if key >= MAX_SEED:
+        refuse("projection_prng_key", key, "it is no seed of 64 bits. Correct adapter_config.json.")
     is_sparse, is_very_sparse = ledger.use_flag("sparse"), ledger.use_flag("very_sparse")
     ledger.close()
     file = sort_tuner_file(
@@ -87,13 +95,16 @@ def plan_randlora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
 
     def match(site: Site, names: Names) -> MatchedSite:
         require_all(names, site.path, (_SCALES, _BASE_SCALES))
-        side = "in" if site.in_features <= site.out_features else "out"
+        side: Side = "in" if site.in_features <= site.out_features else "out"
         num_bases = math.ceil(min(site.in_features, site.out_features) / rank)
         shape_of(header, names[_SCALES], site, (rank, num_bases))
         shape_of(header, names[_BASE_SCALES], site, (num_bases, side))
         return MatchedSite(site.path, 0, scaling)
 
-    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random=starts_random)
+    warnings = () if is_stored else (_DRAWN_AGAIN,)
+    draft = TunerDraft(
+        KIND, tuner, file, header, spec, ledger.irrelevant, starts_random=starts_random, warnings=warnings
+    )
     if is_stored:
         plan = draft.plan(match, _update)
         _require_large_enough(file, header, plan, rank)
@@ -155,8 +166,8 @@ def _sides(tuner: TunerConfig, spec: BaseModelSpec) -> tuple[int, int]:
 
 
 def _uniform(shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
-    """Kaiming's uniform distribution with a = sqrt(5), as PyTorch draws it."""
-    return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+    """Kaiming's uniform distribution with a = sqrt(5), as PyTorch draws it in bfloat16."""
+    return torch.nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.bfloat16), a=math.sqrt(5), generator=generator)
 
 
 def _signs(uniform: torch.Tensor, sparsity: float) -> torch.Tensor:

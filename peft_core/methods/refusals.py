@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peft_core.errors import MalformedAdapter, UnsupportedAdapter, shown
+from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter, shown
+from peft_core.methods.site_tensors import Side
 from peft_core.spec import Site
 
 
@@ -33,3 +34,15 @@ def contradiction(name: str, says: str, field: str, value: object) -> MalformedA
         value=value,
         tensor=name,
     )
+
+
+def require_whole_blocks(site: Site, name: str, size: int, *sides: Side) -> None:
+    """Raises BaseMismatch where a side of the module cannot be split into blocks of a size."""
+    for side in sides:
+        features = site.in_features if side == "in" else site.out_features
+        if features % size:
+            raise BaseMismatch(
+                f'tensor "{name}" has blocks of {size}; the {features} {side}puts of "{site.path}" in this base are no '
+                "multiple of that. Use the base that the adapter was trained on.",
+                tensor=name,
+            )

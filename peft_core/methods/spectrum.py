@@ -21,7 +21,7 @@ from peft_core.spec import Site
 
 SEED_FIELD = "random_loc_seed"
 _DEFAULT_SEED = 777
-_MAX_SEED = 2**63
+MAX_SEED = 2**63
 
 
 def read_seed(ledger: ConfigLedger, *, is_null: bool) -> int:
@@ -39,7 +39,7 @@ def read_seed(ledger: ConfigLedger, *, is_null: bool) -> int:
         refuse(
             SEED_FIELD, None, "the places of the coefficients were drawn from it and are not stored. Train with a seed."
         )
-    if seed is not None and seed >= _MAX_SEED:
+    if seed is not None and seed >= MAX_SEED:
         raise MalformedAdapter(
             f'field "{SEED_FIELD}" = {seed}; expected an integer of 64 bits. Correct adapter_config.json.',
             field=SEED_FIELD,
