@@ -75,7 +75,8 @@ class BatchBuilder:
         self.cache, self.device, self.prefix_of = cache, device, prefix_of
 
     def build(self, plan: StepPlan, table: SequenceTable) -> StepBatch:
-        idle = np.clip(table.active_from[plan.rows] - plan.starts, 0, plan.counts)  # leading rows that are the base's
+        active_from = table.active_from[plan.rows]
+        idle = np.minimum(np.maximum(active_from - plan.starts, 0), plan.counts)  # leading rows that are the base's
         slots = np.where(idle == plan.counts, BASE_SLOT, table.slot[plan.rows]).astype(np.int64)
         is_wide = plan.counts >= WIDE_ROWS
         order = np.lexsort((slots, plan.counts * is_wide))  # narrow first, then chunks by length, each by slot

@@ -54,7 +54,7 @@ def test_a_row_gets_the_same_to_the_bit_beside_a_wider_one(asked: Any) -> None:
 @pytest.mark.parametrize("asked", ASKED)
 def test_a_wide_row_is_treated_like_one_of_a_wide_base(asked: Any) -> None:
     logits = padded_logits([WIDE, NARROW, WIDE], seed=1)
-    seen = {"prompt": (5, 320, 7), "generated": (320, 331)}
+    seen: dict[str, Any] = {"prompt": (5, 320, 7), "generated": (320, 331)}
     rows = [Row(asked, vocab=WIDE, **seen), Row(params()), Row(asked, vocab=WIDE, **seen)]
     mixed = Desk(rows, NARROW).sample(logits)
     wide_base = Desk([Row(asked, **seen)] * 2, WIDE).sample(logits[[0, 2]].contiguous())
