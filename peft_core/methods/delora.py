@@ -58,7 +58,7 @@ def plan_delora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) 
         rank, _ = shape_of(header, names["delora_A"], site, (None, "in"))
         shape_of(header, names["delora_B"], site, ("out", rank))
         shape_of(header, names["delora_lambda"], site, (1,))
-        shape_of(header, names["delora_w_norm"], site, ("in",))
+        shape_of(header, names["delora_w_norm"], site, ["in"])
         require_rank(tuner, site.path, names["delora_A"], rank, default_rank)
         return MatchedSite(site.path, rank, 1.0)
 

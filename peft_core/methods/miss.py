@@ -99,13 +99,14 @@ def _bat(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """Each block of W times the block of its row, plus that block.  # [out, in]"""
     rank = block.shape[-1]
     blocks = weight.unflatten(1, (-1, rank)).unflatten(0, (-1, rank)).permute(2, 0, 1, 3)  # [in / r, out / r, r, r]
-    return (blocks @ block + block).permute(1, 2, 0, 3).reshape(weight.shape)
+    changes: torch.Tensor = (blocks @ block + block).permute(1, 2, 0, 3)
+    return changes.reshape(weight.shape)
 
 
 def _require_divisible(site: Site, name: str, rank: int, *, is_bat: bool, columns: int | None) -> None:
-    field, divisor, sides = "r", rank, (site.in_features, site.out_features) if is_bat else ()
+    field, divisor, sides = "r", rank, [site.in_features, site.out_features] if is_bat else []
     if columns is not None:
-        field, divisor, sides = "mini_r", columns, (site.out_features,)
+        field, divisor, sides = "mini_r", columns, [site.out_features]
     if rank <= site.in_features and not any(side % divisor for side in sides):
         return
     raise MalformedAdapter(

@@ -77,7 +77,7 @@ def _kept(stated: float | None, side: int) -> int:
     """How many singular values are kept; a fraction of them, or half of them, where the config says so."""
     if stated is None:
         return side // 2
-    kept = int(side * stated) if isinstance(stated, float) and 0 < stated <= 1 else int(stated)
+    kept = int(side * stated) if not isinstance(stated, int) and 0 < stated <= 1 else int(stated)
     return max(0, min(side, kept))
 
 
@@ -85,7 +85,11 @@ def _read_patterns(ledger: ConfigLedger) -> dict[str, float | None]:
     """Ranks by pattern, each searched anywhere in a module's path, the first that is found counts."""
     patterns = ledger.use("rank_pattern", {})
     if not isinstance(patterns, dict):
-        _rank_value("rank_pattern", patterns)
+        raise MalformedAdapter(
+            f'field "rank_pattern" = {shown(patterns)}; expected ranks by pattern. Correct adapter_config.json.',
+            field="rank_pattern",
+            value=patterns,
+        )
     for pattern in patterns:
         require_pattern("rank_pattern", pattern)
     return {pattern: _rank_value("rank_pattern", value) for pattern, value in patterns.items()}

@@ -61,7 +61,8 @@ class _Turn(NamedTuple):
         skew = upper - upper.T
         one = torch.eye(size)
         if self.num_terms is None:
-            return torch.linalg.solve(one - skew, one + skew, left=False)
+            exact: torch.Tensor = torch.linalg.solve(one - skew, one + skew, left=False)
+            return exact
         return self._series(skew, one)
 
     def _series(self, skew: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
@@ -114,8 +115,8 @@ def plan_psoft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -
     rank = ledger.use_count("r") or _DEFAULT_RANK
     turn, decomposition = _read_turn(ledger), _read_decomposition(ledger)
     suffixes = [MATRIX]
-    suffixes += [BEFORE] if _is_on(ledger, "psoft_mag_a") else []
-    suffixes += [AFTER] if _is_on(ledger, "psoft_mag_b") else []
+    suffixes += [BEFORE] if ledger.use_flag("psoft_mag_a", default=True) else []
+    suffixes += [AFTER] if ledger.use_flag("psoft_mag_b", default=True) else []
     starts_random = ledger.use("init_weights", True) is False
     _read_alpha(ledger)
     ledger.set_aside({"psoft_dropout": "dropout is off at inference"})
@@ -147,12 +148,8 @@ def plan_psoft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -
     return draft.plan(match, formula, needs_base=True)
 
 
-def _is_on(ledger: ConfigLedger, field: str) -> bool:
-    return bool(ledger.use(field, True))
-
-
 def _read_turn(ledger: ConfigLedger) -> _Turn:
-    is_orthogonal = _is_on(ledger, "psoft_orth")
+    is_orthogonal = ledger.use_flag("psoft_orth", default=True)
     is_series = ledger.use_flag("use_cayley_neumann")
     num_terms = ledger.use_count("num_cayley_neumann_terms") or _DEFAULT_TERMS
     largest = ledger.use_number("cayley_neumann_eps", 0.0)

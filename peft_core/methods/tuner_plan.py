@@ -92,9 +92,8 @@ class TunerPlan:
             names = self.modules.get(matched.path, {})
             own = {suffix: read_tensor(tensors, name) for suffix, name in names.items()}
             site = self.spec.sites[matched.path]
-            with torch.no_grad():
-                change = self.formula(SiteData(self.report.kind, site, matched, own, shared, base))
             name = next(iter((*names.values(), *self.shared.values())))
+            change = self._change(SiteData(self.report.kind, site, matched, own, shared, base), name)
             if isinstance(change, tuple):
                 changes[matched.path] = _finite_change(change[0], name)
                 change = change[1]
@@ -105,6 +104,17 @@ class TunerPlan:
             else:
                 linear[matched.path] = LinearDelta(_finite(change.down, name), _finite(change.up, name))
         return merged(AdapterForms(linear=linear, changes=changes), self.saved.read(tensors, base))
+
+    def _change(self, data: SiteData, name: str) -> Change:
+        try:
+            with torch.no_grad():
+                return self.formula(data)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise MalformedAdapter(
+                f'tensor "{name}" and those beside it hold values that cannot be worked with: {error}. '
+                "Training has diverged or the file is damaged; use an earlier checkpoint.",
+                tensor=name,
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

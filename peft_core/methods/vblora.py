@@ -26,7 +26,7 @@ from peft_core.errors import MalformedAdapter
 from peft_core.forms import LinearDelta
 from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import MatchedSite
-from peft_core.methods.site_tensors import INTEGER_DTYPES, require_indices, shape_of
+from peft_core.methods.site_tensors import INTEGER_DTYPES, Dimension, require_indices, shape_of
 from peft_core.methods.tensors import Header
 from peft_core.methods.tuner_config import read_tuner_config
 from peft_core.methods.tuner_file import require_all, sort_tuner_file
@@ -71,10 +71,15 @@ def plan_vblora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) 
         )
     shape_of(header, file.shared[BANK], None, (vectors, length))
 
+    sizes: dict[str, tuple[Dimension, Dimension]] = {
+        LOGITS[0]: (rank, ("in", length)),
+        LOGITS[1]: (("out", length), rank),
+    }
+
     def match(site: Site, names: Names) -> MatchedSite:
         _require_one_form(site, names)
         _require_pieces(site, length, next(iter(names.values())))
-        for name, pieces in zip(LOGITS, ((rank, ("in", length)), (("out", length), rank)), strict=True):
+        for name, pieces in sizes.items():
             if name in names:
                 shape_of(header, names[name], site, (*pieces, vectors))
                 continue

@@ -110,7 +110,7 @@ def _plan(dialect: _Dialect, ledger: ConfigLedger, header: Header, spec: BaseMod
     tuner = read_tuner_config(ledger, biases=("all", f"{dialect.prefix}_only"))
     rank = ledger.use_count("r") or _DEFAULT_RANK
     key = whole_number(ledger, "projection_prng_key", 0)
-    is_stored = ledger.use("save_projection", True) is not False
+    is_stored = ledger.use_flag("save_projection", default=True)
     starts_random = ledger.use("init_weights", True) is False
     ledger.set_aside(_IRRELEVANT)
     ledger.close()
@@ -124,7 +124,7 @@ def _plan(dialect: _Dialect, ledger: ConfigLedger, header: Header, spec: BaseMod
     def match(site: Site, names: Names) -> MatchedSite:
         require_all(names, site.path, vectors)
         shape_of(header, names[vectors[0]], site, (dialect.rows * rank,))
-        shape_of(header, names[vectors[1]], site, ("out",))
+        shape_of(header, names[vectors[1]], site, ["out"])
         if file.shared and (down_shape[1] < site.in_features or up_shape[0] < site.out_features):
             raise _too_small(site, file.shared[matrices[0]], down_shape, up_shape)
         return MatchedSite(site.path, rank, 1.0)

@@ -143,6 +143,21 @@ def test_values_that_are_no_numbers_are_told(name: str, loaded: Loaded) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_values_beyond_all_measure_are_told_or_stay_numbers(name: str, loaded: Loaded) -> None:
+    for huge in (3e38, -1e30, 0.0):
+        config, tensors = loaded(name)
+        floats = {key: value for key, value in tensors.items() if value.is_floating_point()}
+        source = LoadedTensors(tensors | {key: torch.full_like(value, huge) for key, value in floats.items()})
+        try:
+            forms = decode(config, source, shared_spec("llama"), ModelWeights(shared_model("llama"))).forms
+        except MalformedAdapter as error:
+            assert error.tensor in tensors  # noqa: PT017 - either outcome is right
+            continue
+        for delta in forms.linear.values():
+            assert bool(torch.isfinite(delta.up).all() and torch.isfinite(delta.down).all())
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_an_unknown_tensor_or_field_is_told(name: str, loaded: Loaded) -> None:
     config, tensors = loaded(name)
     extra = "base_model.model.model.layers.0.self_attn.q_proj.strange_part"
