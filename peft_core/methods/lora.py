@@ -163,12 +163,12 @@ def _compare_targets(
             tensor=name,
         )
     missing = tuple(path for path in spec.sites if path in targeted - paths - saved.weights.keys())
-    if missing and lora.start != "plain":
+    if missing and (lora.start == "random" or lora.has_diagonal):  # a module that PiSSA or OLoRA began is neutral
         refuse(
-            "init_lora_weights",
-            False if lora.start == "random" else lora.start,
-            f"the config targets {some(missing)}, for which the file has no tensors, and untrained factors that began "
-            "so are not neutral. Save the adapter again with all its tensors.",
+            "init_lora_weights" if lora.start == "random" else "kasa_config",
+            lora.start != "random",
+            f"the config targets {some(missing)}, for which the file has no tensors, and an untrained module of this "
+            "kind is not as in the base. Save the adapter again with all its tensors.",
         )
     return missing
 

@@ -27,6 +27,7 @@ EMBEDDING_DOWN, EMBEDDING_UP = "lora_embedding_A", "lora_embedding_B"
 BIAS, DIAGONAL = "lora_B.bias", "lora_diag"
 MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 SUFFIXES = (DOWN, UP, EMBEDDING_DOWN, EMBEDDING_UP, BIAS, DIAGONAL, *MAGNITUDES)
+_FEATURES = {"use_dora": "DoRA", "lora_bias": "a bias on the up projection", "kasa_config": "KaSA"}
 TRAINING_SUFFIXES = ("lora_velora_embed", "lora_velora_embed.**", "lora_monteclora_sampler.**")
 
 
@@ -152,8 +153,8 @@ def _vector(
         )
     if not is_on:
         raise UnsupportedAdapter(
-            f'tensor "{name}" belongs to field "{field}", which is off; PEFT would drop it in silence. '
-            "Switch the field on, or remove the tensor.",
+            f'tensor "{name}" belongs to {_FEATURES[field]}, and field "{field}" is off; PEFT would drop it in '
+            "silence. Switch the field on, or remove the tensor.",
             tensor=name,
         )
     if header[name].dtype not in FLOAT_DTYPES:

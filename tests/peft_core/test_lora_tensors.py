@@ -37,14 +37,11 @@ def adapter(tmp_path: Path) -> SavedAdapter:
 @pytest.mark.parametrize(
     ("name", "feature"),
     [
-        ("model.embed_tokens.lora_embedding_A", "embedding"),
         ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
         ("model.layers.0.self_attn.q_proj.lora_B.bias", "lora_bias"),
         ("model.layers.0.self_attn.q_proj.lora_diag", "KaSA"),
-        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable tokens"),
-        ("lm_head.base_layer.weight", "save_embedding_layers=False"),
-        ("model.layers.0.self_attn.q_proj.base_layer.bias", "biases"),
-        ("model.norm.weight", "modules_to_save"),
+        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices"),
+        ("model.layers.0.mlp.act_fn.weight", "no linear, embedding, head or norm"),
         ("model.layers.0.self_attn.q_proj.hada_w1_a", "unknown"),
         ("model.layers.0.self_attn.q_proj.lora_C.weight", "modules"),
     ],
@@ -142,7 +139,7 @@ def test_half_a_pair_is_malformed(side: str, adapter: SavedAdapter) -> None:
     del adapter.tensors[f"{Q0}.lora_{side}.weight"]
     error = adapter.refusal()
     assert isinstance(error, MalformedAdapter)
-    assert f"lora_{side} of" in str(error)
+    assert f"lora_{side}.weight of" in str(error)
 
 
 def test_one_factor_under_two_names_is_malformed(adapter: SavedAdapter) -> None:
@@ -189,8 +186,8 @@ def test_checking_reads_no_data(tmp_path: Path) -> None:
 
 
 def test_a_refused_adapter_is_refused_before_its_data_is_read(tmp_path: Path) -> None:
-    config, tensors = read_adapter(make_lora(shared_model("llama"), tmp_path, targets=["q_proj"], use_dora=True))
-    with pytest.raises(UnsupportedAdapter, match="use_dora"):
-        decode(config, tensors, shared_spec("llama"))
+    config, tensors = read_adapter(make_lora(shared_model("llama"), tmp_path, targets=["q_proj"]))
+    with pytest.raises(UnsupportedAdapter, match="layer_replication"):
+        decode(config | {"layer_replication": [[0, 2], [1, 3]]}, tensors, shared_spec("llama"))
     assert isinstance(tensors, FileTensors)
     assert tensors.num_reads == 0

@@ -248,7 +248,7 @@ def test_a_part_and_its_field_go_together(suffix: str, shape: int, field: str, t
     model = tiny_base("llama")
     config, tensors = load_adapter(make_lora(model, tmp_path / "a", targets=["q_proj"]))
     name = f"base_model.model.model.layers.0.self_attn.q_proj.{suffix}"
-    with pytest.raises(UnsupportedAdapter, match=f'field "{field}", which is off'):
+    with pytest.raises(UnsupportedAdapter, match=f'field "{field}" is off'):
         decoded(model, write_adapter(tmp_path / "b", config, {**tensors, name: torch.ones(shape)}))
     on = {} if field == "kasa_config" else True
     with pytest.raises(MalformedAdapter, match=f'field "{field}" is on'):

@@ -48,7 +48,7 @@ def test_trainable_tokens_equal_peft(arch: str, tied: bool, tmp_path: Path) -> N
     directory = make_tokens(model, tmp_path)
     forms, report = assert_equals_peft(model, directory)
     assert report.kind == "TRAINABLE_TOKENS"
-    assert report.forms == (("embedding", "head rows") if tied else ("embedding",))
+    assert set(report.forms) == ({"embedding", "head rows"} if tied else {"embedding"})
     assert not report.needs_base
     assert forms.embeddings[table(arch)].token_ids == tuple(IDS)
     assert bool(forms.head_rows) == tied
