@@ -87,7 +87,7 @@ def _plan_part(part: Part, tensors: HubTensors, spec: BaseModelSpec) -> PartPlan
             "architecture",
             None,
             f"where a bottleneck stands in {spec.model_type} is not known here. "
-            f"Served with bottlenecks: {', '.join(name for name in LAYOUTS if LAYOUTS[name].has_bottlenecks)}.",
+            f"Served with bottlenecks: {', '.join(LAYOUTS)}.",
         )
     return plan_bottlenecks(part.ledger, tensors, layout, spec)
 

@@ -168,8 +168,6 @@ def plan_bottlenecks(ledger: ConfigLedger, tensors: HubTensors, layout: Layout, 
         UnsupportedAdapter, MalformedAdapter, BaseMismatch: naming the field or the tensor.
     """
     settings = _read_settings(ledger)
-    if not layout.has_bottlenecks:
-        refuse("architecture", None, f"bottlenecks are not served on {spec.model_type}. LoRA is.")
     planned: list[PlannedBottleneck] = []
     for number in range(spec.num_layers):
         for place in () if number in settings.left_out else settings.places:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["attention_adapters", "output_adapters"]  # as tensors are named
+# What a feed-forward bottleneck takes for the residual stream: what the block's norm reads; nothing; or the stream with
+# the attention's output, which another block has computed, where the two stand side by side.
+Residual = Literal["own", "none", "after attention"]
 PLACES: tuple[Place, ...] = ("attention_adapters", "output_adapters")
 
 
@@ -28,7 +31,7 @@ class Layout:
     linears: Mapping[str, str]  # "q", "k", "v", "intermediate", "output" -> the linear
     is_hooked: bool = False
     norms: Mapping[Place, str] | None = None  # that a hooked bottleneck applies to what it reads: see `norm_of`
-    has_bottlenecks: bool = True
+    feed_forward_residual: Residual = "own"
     merges_attention: bool = False  # q, k and v are thirds of one linear
 
     def layer(self, number: int) -> str:
@@ -74,13 +77,12 @@ _GPT2 = Layout(
     dict.fromkeys("qkv", "attn.c_attn") | {"intermediate": "mlp.c_fc", "output": "mlp.c_proj"},
     merges_attention=True,
 )
-# Attention and feed-forward block stand side by side; where the second one's residual begins is the library's own.
 _GPTJ = Layout(
     "transformer.h",
     "attn",
     "mlp",
     _attention("attn") | {"intermediate": "mlp.fc_in", "output": "mlp.fc_out"},
-    has_bottlenecks=False,
+    feed_forward_residual="after attention",
 )
 _PHI = Layout(
     "model.layers",
@@ -88,7 +90,7 @@ _PHI = Layout(
     "mlp",
     _attention("self_attn") | {"intermediate": "mlp.fc1", "output": "mlp.fc2"},
     is_hooked=True,
-    has_bottlenecks=False,
+    feed_forward_residual="none",
 )
 
 LAYOUTS: Mapping[str, Layout] = {

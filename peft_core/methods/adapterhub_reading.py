@@ -49,10 +49,17 @@ class Switches(NamedTuple):
         if layout.is_hooked and not self.original_ln_after:
             refuse("original_ln_after", False, "the library itself refuses this on bases that it hooks.")
         kept = 0 if layout.is_hooked or self.original_ln_after else -1
+        beside = layout.feed_forward_residual if place == "output_adapters" else "own"
+        if beside == "none" and self.is_parallel:
+            refuse("is_parallel", True, "the library itself fails on this in feed-forward blocks beside the attention.")
+        if beside == "after attention" and (self.is_parallel or self.original_ln_before or kept):
+            field = "is_parallel" if self.is_parallel else "original_ln_before"
+            refuse(field, True, "reading what the attention beside the block has added is not served.")
         if self.is_parallel:
             return Reading("r", kept, "a", None)
-        base_norm = layout.norm_of(place, num_layers) if self.original_ln_before else None
-        counts_twice = self.original_ln_before and not self.residual_before_ln
+        reads_sum = self.original_ln_before and beside == "own"
+        base_norm = layout.norm_of(place, num_layers) if reads_sum else None
+        counts_twice = reads_sum and not self.residual_before_ln
         norms_sum = self.ln_after and self.adapter_residual_before_ln
         if base_norm is not None and counts_twice:
             _refuse_residual("a bottleneck whose residual is the base's normalised output")
@@ -61,7 +68,7 @@ class Switches(NamedTuple):
         if counts_twice and norms_sum:
             _refuse_residual("a norm over the bottleneck, the block and the residual stream together")
         return Reading(
-            reads="h + r" if self.original_ln_before else "h",
+            reads="h + r" if reads_sum else "h",
             residual=kept + int(counts_twice),
             norm_out_of="h + a" if norms_sum else "a",
             base_norm=base_norm,

@@ -36,14 +36,20 @@ _GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 
+_GPTJ = _GPT2 | {"rotary_dim": 4, "tie_word_embeddings": False}
+_PHI = {key: value for key, value in _LLAMA_LIKE.items() if key != "head_dim"} | {"partial_rotary_factor": 0.5}
+
 # name of the base -> (model_type, values of its configuration)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA_LIKE),
     "mistral": ("mistral", _LLAMA_LIKE | {"sliding_window": WINDOW}),
     "gpt2": ("gpt2", _GPT2),
     "qwen2": ("qwen2", _LLAMA_LIKE),
+    "qwen3": ("qwen3", _LLAMA_LIKE),
     "gemma2": ("gemma2", _LLAMA_LIKE | _GEMMA),
     "gemma3": ("gemma3_text", _LLAMA_LIKE | _GEMMA),
+    "phi": ("phi", _PHI),
+    "gptj": ("gptj", _GPTJ),
 }
 
 
@@ -71,7 +77,7 @@ def _randomise(model: Any, generator: torch.Generator) -> None:
         elif "wpe" in name:
             parameter.copy_(0.2 * noise)
         else:
-            is_conv1d = "transformer.h." in name
+            is_conv1d = model.config.model_type == "gpt2"
             parameter.copy_(noise / math.sqrt(parameter.shape[0 if is_conv1d else 1]))
     if is_tied:  # the last norm makes up for the small head
         last = [module for path, module in model.named_modules() if path.endswith((".norm", ".ln_f"))][-1]

@@ -21,7 +21,16 @@ def configs(base: str) -> dict[str, Any]:
         return _bottlenecks() | _norms() | served | _compacters() | _low_rank()
     if base == "gemma2":
         return _bottlenecks() | {"ln_after": _norms()["ln_after"]} | _compacters() | {"lora": _low_rank()["lora"]}
-    return {name: _bottlenecks()[name] for name in ("seq_bn", "double_seq_bn", "seq_both", "par_bn")}
+    everything = _bottlenecks() | _low_rank() | _residuals() | _prefixes() | _beside()
+    return {name: everything[name] for name in _FEW[base]}
+
+
+_FEW = {
+    "qwen3": ("seq_both", "par_bn", "lora"),
+    "gemma3": ("seq_bn", "double_seq_bn", "seq_both", "par_bn"),
+    "phi": ("seq_both", "double_seq_bn", "counted_twice", "par_attention", "lora", "ia3"),
+    "gptj": ("seq_attention", "double_seq_bn", "par_attention", "lora", "ia3", "prefix"),
+}
 
 
 def refused_configs() -> dict[str, Any]:
@@ -47,6 +56,14 @@ def _bottlenecks() -> dict[str, Any]:
         "par_bn": adapters.ParBnConfig(reduction_factor=4),
         "scaled_par_bn": adapters.ParBnConfig(reduction_factor=4, scaling="learned"),
         "per_layer": adapters.SeqBnConfig(reduction_factor={"0": 4, "default": 16}, leave_out=[1]),
+    }
+
+
+def _beside() -> dict[str, Any]:
+    """For attention alone, where the feed-forward block stands beside it."""
+    return {
+        "seq_attention": adapters.SeqBnConfig(reduction_factor=8, mh_adapter=True, output_adapter=False),
+        "par_attention": adapters.ParBnConfig(reduction_factor=8, mh_adapter=True, output_adapter=False),
     }
 
 

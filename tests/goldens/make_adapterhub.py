@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import shutil
 import tempfile
@@ -42,7 +43,9 @@ NAME = "goldens"  # of every adapter; it is part of the tensors' names
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the goldens of AdapterHub.")
     parser.add_argument("directory", type=Path)
-    directory: Path = parser.parse_args().directory
+    whole: Path = parser.parse_args().directory.resolve()
+    os.chdir(whole.parent)  # the library writes the path of the base into the configs
+    directory = Path(whole.name)
     shutil.rmtree(directory, ignore_errors=True)
     torch.set_num_threads(1)
     bases: dict[str, Any] = {}
