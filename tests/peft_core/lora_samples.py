@@ -48,6 +48,12 @@ def logits_with(model: PreTrainedModel, forms: AdapterForms, prompt: list[int] =
         return logits_of(adapted, prompt)
 
 
+def given(tensor: torch.Tensor | None) -> torch.Tensor:
+    """A part of a form that must be there."""
+    assert tensor is not None
+    return tensor
+
+
 def error_against_peft(model: PreTrainedModel, directory: Path, forms: AdapterForms) -> float:
     expected = logits_of(load_oracle(model, directory), PROMPT)
     return float((logits_with(model, forms) - expected).abs().max())

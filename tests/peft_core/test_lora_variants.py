@@ -181,7 +181,7 @@ def test_pooled_inputs_become_repeated_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extra", ["velora_config", "monteclora_config"])
 def test_what_only_trains_is_set_aside(extra: str, tmp_path: Path) -> None:
     model = tiny_base("llama")
-    value = VeloraConfig() if extra == "velora_config" else MontecloraConfig()
+    value: Any = VeloraConfig() if extra == "velora_config" else MontecloraConfig()
     directory = make_lora(model, tmp_path, targets=["q_proj", "v_proj"], **{extra: value})
     _, report = assert_equals_peft(model, directory)
     assert report.irrelevant_tensors
@@ -192,7 +192,8 @@ def test_an_activated_lora_carries_its_invocation(tmp_path: Path) -> None:
     directory = make_lora(model, tmp_path / "a", targets=["q_proj"], alora_invocation_tokens=[7, 9])
     assert decoded(model, directory).forms.invocation_tokens == (7, 9)
     config, tensors = load_adapter(directory)
-    for off in (None, [], False):
+    switched_off: list[Any] = [None, [], False]
+    for off in switched_off:
         plain = write_adapter(tmp_path / str(off), {**config, "alora_invocation_tokens": off}, tensors)
         assert decoded(model, plain).forms.invocation_tokens == ()
     far = write_adapter(tmp_path / "far", {**config, "alora_invocation_tokens": [7, 256]}, tensors)
@@ -250,7 +251,7 @@ def test_a_part_and_its_field_go_together(suffix: str, shape: int, field: str, t
     name = f"base_model.model.model.layers.0.self_attn.q_proj.{suffix}"
     with pytest.raises(UnsupportedAdapter, match=f'field "{field}" is off'):
         decoded(model, write_adapter(tmp_path / "b", config, {**tensors, name: torch.ones(shape)}))
-    on = {} if field == "kasa_config" else True
+    on: Any = {} if field == "kasa_config" else True
     with pytest.raises(MalformedAdapter, match=f'field "{field}" is on'):
         decoded(model, write_adapter(tmp_path / "c", {**config, field: on}, tensors))
     with pytest.raises(BaseMismatch, match=suffix):

@@ -18,6 +18,7 @@ from tests.peft_core.lora_samples import (
     assert_equals_peft,
     decoded,
     error_against_peft,
+    given,
     logits_with,
     spec_of,
     tiny_base,
@@ -44,10 +45,12 @@ def test_replaced_biases_become_differences(arch: str, bias: str, tmp_path: Path
     assert bool(forms.norms) == (bias == "all" and arch != "qwen2")
     with pytest.raises(UnsupportedAdapter, match=r"replaced bias.*the base's weights"):
         decoded(model, directory, with_base=False)
-    path = next(path for path in reversed(forms.changes) if "k_proj" not in path)  # attention ignores a key's bias
+    path = next(
+        path for path in reversed(list(forms.changes)) if "k_proj" not in path
+    )  # attention ignores a key's bias
     change = forms.changes[path]
     bias_vector = model.get_submodule(path).bias.detach()
-    absolute = {**forms.changes, path: SiteChange(shift=change.shift + bias_vector)}
+    absolute = {**forms.changes, path: SiteChange(shift=given(change.shift) + bias_vector)}
     assert error_against_peft(model, directory, replace(forms, changes=absolute)) > 1e-3
 
 
@@ -88,7 +91,7 @@ def test_saved_norms_equal_peft(arch: str, names: list[str], num_norms: int, tmp
     forms, report = assert_equals_peft(model, directory)
     assert len(forms.norms) == num_norms
     assert "norm" in report.forms
-    doubled = {path: NormWeights(norm.weight * 1.1, norm.bias) for path, norm in forms.norms.items()}
+    doubled = {path: NormWeights(given(norm.weight) * 1.1, norm.bias) for path, norm in forms.norms.items()}
     assert error_against_peft(model, directory, replace(forms, norms=doubled)) > 1e-3
 
 
@@ -103,7 +106,7 @@ def test_a_saved_container_replaces_every_linear_inside(arch: str, tmp_path: Pat
     assert all(".mlp." in path for path in replaced)
     assert not any(".mlp." in site.path for site in report.sites)
     turned = {
-        path: replace(change, replacement=change.replacement.flip(0)) if path in replaced else change
+        path: replace(change, replacement=given(change.replacement).flip(0)) if path in replaced else change
         for path, change in forms.changes.items()
     }
     assert error_against_peft(model, directory, replace(forms, changes=turned)) > 1e-2
@@ -156,7 +159,7 @@ def test_adapted_tables_equal_peft(
     assert report.forms == (("embedding",) if which == (0,) else report.forms)
     if which == (0,):
         assert not forms.linear
-        other_scale = {path: replace(e, up=e.up * 1.05) for path, e in forms.embeddings.items()}
+        other_scale = {path: replace(e, up=given(e.up) * 1.05) for path, e in forms.embeddings.items()}
         assert error_against_peft(model, directory, replace(forms, embeddings=other_scale)) > 1e-3
 
 
@@ -273,7 +276,7 @@ def test_modules_to_save_in_the_name_is_left_out(tmp_path: Path) -> None:
     del long[name]
     long[f"{PREFIX}model.norm.original_module.weight"] = torch.ones(64)
     forms, report = decoded(model, write_adapter(tmp_path / "b", config, long))
-    assert torch.equal(forms.norms["model.norm"].weight, tensors[name])
+    assert torch.equal(given(forms.norms["model.norm"].weight), tensors[name])
     assert report.irrelevant_tensors == (f"{PREFIX}model.norm.original_module.weight",)
 
 
