@@ -143,6 +143,7 @@ class _ImageBuilder:
         return columns.view(rank, out_tiles, self.tile).permute(1, 0, 2)
 
     def append(self, part: torch.Tensor, path: str) -> int:
+        part = part.to(self.dtype)
         if not torch.isfinite(part).all():
             raise MalformedAdapter(
                 f"a weight of {path} is not finite in {self.dtype}: serve it with --adapter-dtype float32, "
