@@ -6,13 +6,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from adapters_store.errors import InvalidHeader
 from adapters_store.staging import CONFIG_FILE
 from peft_core.errors import AdapterError
 from peft_core.image import DTYPES, image_key, pack, write_image
-from peft_core.methods import decode
+from peft_core.methods import check, decode
 from peft_core.spec import BaseModelSpec
 from peft_core.traits import traits_of
 from server.loader.adapter_tensors import AdapterTensors
@@ -20,11 +20,13 @@ from server.loader.base_weights import BaseFiles
 from server.loader.effect import effect_digest
 from server.loader.errors import AdapterRefused
 from server.loader.job import PackingTarget, Prepared, PrepareJob
+from server.loader.patience import PatienceLost, at_most
 from server.loader.strength import CHANGES_NOTHING, changes_nothing
 
 logger = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 1024 * 1024
+CHECK_SECONDS = 5.0  # of processor time; an honest config takes milliseconds
 
 
 class Packer:
@@ -54,6 +56,12 @@ class Packer:
             ) from error
         except InvalidHeader as error:
             raise AdapterRefused(f"the weights: {error}", code=error.code, tensor=error.tensor) from error
+        except PatienceLost as error:
+            raise AdapterRefused(
+                f"checking the adapter's config took longer than {CHECK_SECONDS:.0f} s and was given up. Look for a "
+                "pattern in it that cannot be matched in reasonable time.",
+                code="check_timed_out",
+            ) from error
         except OSError as error:
             raise AdapterRefused(f"a file of the adapter cannot be read: {error}", code="unreadable") from error
         except Exception as error:
@@ -70,6 +78,8 @@ class Packer:
     def _prepare(self, job: PrepareJob) -> Prepared:
         config = read_config(Path(job.files[CONFIG_FILE]))
         tensors = AdapterTensors(job.files)
+        with at_most(CHECK_SECONDS):
+            check(config, tensors.header, self._spec, max_dense_bytes=self.target.max_dense_bytes)
         forms, report = decode(config, tensors, self._spec, self._base, max_dense_bytes=self.target.max_dense_bytes)
         digest = effect_digest(config, tensors, report.irrelevant_fields, report.irrelevant_tensors)
         image = pack(forms, self._spec, self.target.adapter_dtype)
@@ -91,7 +101,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if num_bytes > MAX_CONFIG_BYTES:
         raise _bad_config(f"has {num_bytes} bytes; the limit is {MAX_CONFIG_BYTES}")
     try:
-        config = json.loads(path.read_bytes(), object_pairs_hook=_unique_fields)
+        config = json.loads(path.read_bytes(), object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise _bad_config(f"is not JSON: {str(error)[:200]}") from error
     if not isinstance(config, dict):
@@ -110,6 +120,10 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         raise _bad_config("holds a field twice, so what it means cannot be known")
     return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _bad_config(f"holds {name}, which is no number of JSON")
 
 
 def _bad_config(what: str) -> AdapterRefused:
