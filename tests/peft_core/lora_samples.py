@@ -7,6 +7,7 @@ assert_equals_peft(model, directory)                  # logits of a plain forwar
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from peft_core.forms import AdapterForms
 from peft_core.methods import check, decode
 from peft_core.methods.report import Decoded
 from peft_core.spec import BaseModelSpec
-from tests.peft_core.adapter_files import logits_of, read_adapter
+from tests.peft_core.adapter_files import load_adapter, logits_of, read_adapter, write_adapter
 from tests.plain_forms import applied
 from tests.tiny_engine import ModelWeights
-from tests.tiny_models import load_oracle, make_model, random_prompt
+from tests.tiny_models import load_oracle, make_lora, make_model, random_prompt
 
 TOLERANCE = 2e-5  # of logits whose standard deviation is about 3
 VISIBLE = 0.05  # an adapter must change some logit by as much, or the comparison says nothing
@@ -68,3 +69,26 @@ def assert_equals_peft(model: PreTrainedModel, directory: Path, *, tolerance: fl
     assert float((logits_of(model, PROMPT) - expected).abs().max()) > VISIBLE
     assert float((logits_with(model, forms) - expected).abs().max()) < tolerance
     return Decoded(forms, report)
+
+
+def tables_of(arch: str) -> tuple[str, str]:
+    """Paths of the embedding and of the head."""
+    return ("transformer.wte" if arch == "gpt2" else "model.embed_tokens"), "lm_head"
+
+
+def resized_adapter(model: Any, num_rows: int, directory: Path, **options: Any) -> tuple[Any, Path]:
+    """An adapter trained on a resized copy of the base, and that copy; the file has both tables."""
+    resized = copy.deepcopy(model)
+    torch.manual_seed(7)
+    resized.resize_token_embeddings(num_rows, mean_resizing=False)
+    with torch.no_grad():
+        for table in {resized.get_input_embeddings().weight, resized.get_output_embeddings().weight}:
+            table[min(num_rows, 256) :] = 0.1
+            table.add_(0.05 * torch.randn(table.shape))
+    saved = make_lora(resized, directory, **options)
+    config, tensors = load_adapter(saved)
+    for path in tables_of(model.config.model_type):
+        module = resized.get_submodule(path)
+        if not any(name.startswith(f"base_model.model.{path}.") for name in tensors):
+            tensors[f"base_model.model.{path}.weight"] = module.weight.detach().clone()
+    return resized, write_adapter(directory, config, tensors)

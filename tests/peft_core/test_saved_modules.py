@@ -20,18 +20,15 @@ from tests.peft_core.lora_samples import (
     error_against_peft,
     given,
     logits_with,
+    resized_adapter,
     spec_of,
+    tables_of,
     tiny_base,
 )
 from tests.plain_forms import applied
 from tests.tiny_models import all_targets, attention_targets, load_oracle, make_lora
 
 PREFIX = "base_model.model."
-TABLES = {"gpt2": ("transformer.wte", "lm_head")}
-
-
-def tables(arch: str) -> tuple[str, str]:
-    return TABLES.get(arch, ("model.embed_tokens", "lm_head"))
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -118,11 +115,11 @@ def test_a_saved_container_replaces_every_linear_inside(arch: str, tmp_path: Pat
 def test_saved_tables_equal_peft(arch: str, which: tuple[int, ...], tied: bool, tmp_path: Path) -> None:
     """Where both are one weight, a saved module still replaces itself alone."""
     model = tiny_base(arch, tie_word_embeddings=tied)
-    names = [tables(arch)[index] for index in which]
+    names = [tables_of(arch)[index] for index in which]
     directory = make_lora(model, tmp_path, targets=attention_targets(arch), modules_to_save=names)
     forms, _ = assert_equals_peft(model, directory)
-    assert (tables(arch)[0] in forms.embeddings) == (0 in which)
-    assert (tables(arch)[1] in forms.changes) == (1 in which)
+    assert (tables_of(arch)[0] in forms.embeddings) == (0 in which)
+    assert (tables_of(arch)[1] in forms.changes) == (1 in which)
 
 
 @pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"]])
@@ -149,7 +146,7 @@ def test_adapted_tables_equal_peft(
 ) -> None:
     """PEFT stores the tables beside the factors; equal to the base's, they are dropped."""
     model = tiny_base(arch, tie_word_embeddings=tied)
-    targets = [tables(arch)[index].rpartition(".")[2] for index in which]
+    targets = [tables_of(arch)[index].rpartition(".")[2] for index in which]
     directory = make_lora(model, tmp_path, targets=targets, use_dora=use_dora)
     if arch != "gpt2":  # PEFT does not know its table by name
         assert any("base_layer.weight" in name for name in load_adapter(directory)[1])
@@ -289,24 +286,6 @@ def test_an_adapter_may_only_replace(tmp_path: Path) -> None:
     assert not forms.linear
     changed = (logits_with(model, forms) - logits_of(model, PROMPT)).abs().max()
     assert float(changed) > 0.05
-
-
-def resized_adapter(model: Any, num_rows: int, directory: Path, **options: Any) -> tuple[Any, Path]:
-    """An adapter trained on a resized copy of the base, and that copy; the file has both tables."""
-    resized = copy.deepcopy(model)
-    torch.manual_seed(7)
-    resized.resize_token_embeddings(num_rows, mean_resizing=False)
-    with torch.no_grad():
-        for table in {resized.get_input_embeddings().weight, resized.get_output_embeddings().weight}:
-            table[min(num_rows, 256) :] = 0.1
-            table.add_(0.05 * torch.randn(table.shape))
-    saved = make_lora(resized, directory, **options)
-    config, tensors = load_adapter(saved)
-    for path in tables(model.config.model_type):
-        module = resized.get_submodule(path)
-        if not any(name.startswith(f"{PREFIX}{path}.") for name in tensors):
-            tensors[f"{PREFIX}{path}.weight"] = module.weight.detach().clone()
-    return resized, write_adapter(directory, config, tensors)
 
 
 def roomy(model: Any, num_rows: int) -> Any:
