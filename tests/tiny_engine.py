@@ -117,6 +117,7 @@ class TinyEngine:
         self.engine, self.description = build_engine(EngineConfig(model=str(base), **values), _nobody_listens)
         self.spec = BaseModelSpec.from_json(self.description.spec)
         self.base = ModelWeights(model)
+        self.most_adapters = 0  # distinct ones in one step, the base not counted
 
     def add(self, name: str, adapter: Path) -> AdapterTicket:
         """Decode and pack an adapter directory, as the loader does."""
@@ -153,7 +154,9 @@ class TinyEngine:
         return answers
 
     def step_into(self, answers: dict[str, Answer]) -> None:
-        for delta in self.engine.step().special:
+        deltas = self.engine.step().special
+        self.most_adapters = max(self.most_adapters, self.engine.stats().last_step_adapters)
+        for delta in deltas:
             answer = answers[delta.request_id]
             answer.tokens += delta.token_ids
             for record in delta.logprobs:

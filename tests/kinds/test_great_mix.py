@@ -35,6 +35,7 @@ class Mix(NamedTuple):
     served: Served
     goldens: dict[str, Golden]
     hub: dict[str, AdapterTicket]
+    num_tokens: int
 
     def ask(self, name: str, what: str, length: int, seed: int) -> Ask:
         """`what` is a kind, "base", or "hub/" and the name of a golden, which brings its own prompt."""
@@ -44,7 +45,7 @@ class Mix(NamedTuple):
         prompt = random_prompt(length, seed=seed)
         if what == "alora" and length >= 2 * CHUNK:
             prompt[2 * CHUNK - 1 : 2 * CHUNK + 2] = INVOCATION  # begins in one chunk and ends in the next
-        return self.served.ask(what, prompt, name=name, num_tokens=32 if length == LENGTHS[1] else 6)
+        return self.served.ask(what, prompt, name=name, num_tokens=self.num_tokens)
 
     def check(self, what: str, ask: Ask, answer: Answer) -> None:
         if what.startswith("hub/"):
@@ -53,7 +54,7 @@ class Mix(NamedTuple):
             self.served.check(what, ask, answer)
 
 
-def make_mix(directory: Path, pool_bytes: int) -> Mix:
+def make_mix(directory: Path, pool_bytes: int, num_tokens: int) -> Mix:
     served = serve_every_kind(
         "llama",
         directory,
@@ -61,35 +62,38 @@ def make_mix(directory: Path, pool_bytes: int) -> Mix:
         model=load_base("llama"),
         chunk_size=CHUNK,
         pool_bytes=pool_bytes,
-        max_num_seqs=24,
+        max_num_seqs=32,
     )
     assert not served.refused, {kind: error.message for kind, error in served.refused.items()}
     goldens = load_goldens("llama")
     hub = {name: served.engine.add(f"hub-{name}", goldens[name].directory) for name in HUB_ADAPTERS}
-    return Mix(served, goldens, hub)
+    return Mix(served, goldens, hub, num_tokens)
 
 
 EVERYTHING = (*KINDS, *(f"hub/{name}" for name in HUB_ADAPTERS))
 
 
 def test_many_kinds_share_an_engine_that_is_short_of_memory(tmp_path: Path) -> None:
-    mix = make_mix(tmp_path, pool_bytes=2_600_000)
+    mix = make_mix(tmp_path, pool_bytes=1_450_000, num_tokens=48)
     asks: dict[str, tuple[str, Ask]] = {}
-    for round_ in range(2):  # the second finds blocks of the first
+    for round_ in range(2):
         for index, what in enumerate([*EVERYTHING, "base", "base"]):
             name = f"{what}-{index}-{round_}"
             asks[name] = (what, mix.ask(name, what, LENGTHS[index % len(LENGTHS)], seed=index))
+    for twin in range(6):  # each waits until there is room, and then finds what the one before it computed
+        asks[f"twin-{twin}"] = ("prompt", mix.ask(f"twin-{twin}", "prompt", LENGTHS[-1], seed=77))
     answers = mix.served.engine.run([ask for _, ask in asks.values()])
     for name, (what, ask) in asks.items():
         mix.check(what, ask, answers[name])
     stats = mix.served.engine.engine.stats()
+    assert mix.served.engine.most_adapters >= 24
     assert stats.total_preemptions > 0, "the pool was large enough for all"
     assert sum(answer.num_cached_tokens for answer in answers.values()) > 0, "no prompt found another's blocks"
 
 
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory: pytest.TempPathFactory) -> Mix:
-    return make_mix(tmp_path_factory.mktemp("roomy"), pool_bytes=48 << 20)
+    return make_mix(tmp_path_factory.mktemp("roomy"), pool_bytes=48 << 20, num_tokens=6)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
