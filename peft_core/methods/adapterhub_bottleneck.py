@@ -223,6 +223,9 @@ def _plan_one(
     block = layout.block(number, place)
     if block not in spec.blocks:
         refuse("architecture", None, f'"{block}" of this base is no block beside which a bottleneck can stand.')
+    reading = settings.switches.reading(layout, place, spec.num_layers)
+    if reading.base_norm is not None and reading.base_norm not in spec.norms:
+        refuse("original_ln_before", True, f'this base has no norm "{reading.base_norm}", which the adapter applies.')
     width = _width(settings.reduction, number, spec.hidden_size)
     names = tensors.bottleneck(layout.layer(number), place)
     expected, shared_shapes = _expected(settings, spec.hidden_size, width)
@@ -236,9 +239,6 @@ def _plan_one(
     require_names(shared, tuple(shared_shapes), "what the adapter's modules share")
     for suffix, shape in shared_shapes.items():
         require_shape(tensors.header, shared[suffix], shape)
-    reading = settings.switches.reading(layout, place, spec.num_layers)
-    if reading.base_norm is not None and reading.base_norm not in spec.norms:
-        refuse("original_ln_before", True, f'this base has no norm "{reading.base_norm}", which the adapter applies.')
     return PlannedBottleneck(block, names, shared, reading, width)
 
 

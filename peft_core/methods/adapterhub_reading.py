@@ -52,9 +52,8 @@ class Switches(NamedTuple):
         beside = layout.feed_forward_residual if place == "output_adapters" else "own"
         if beside == "none" and self.is_parallel:
             refuse("is_parallel", True, "the library itself fails on this in feed-forward blocks beside the attention.")
-        if beside == "after attention" and (self.is_parallel or self.original_ln_before or kept):
-            field = "is_parallel" if self.is_parallel else "original_ln_before"
-            refuse(field, True, "reading what the attention beside the block has added is not served.")
+        if beside == "after attention":
+            self._refuse_other_block()
         if self.is_parallel:
             return Reading("r", kept, "a", None)
         reads_sum = self.original_ln_before and beside == "own"
@@ -73,6 +72,13 @@ class Switches(NamedTuple):
             norm_out_of="h + a" if norms_sum else "a",
             base_norm=base_norm,
         )
+
+    def _refuse_other_block(self) -> None:
+        """Refuse what would read the stream behind the other block, which stands beside this one."""
+        needing = (("is_parallel", True), ("original_ln_before", True), ("original_ln_after", False))
+        for field, value in needing:
+            if getattr(self, field) is value:
+                refuse(field, value, "reading what the attention beside the block has added is not served.")
 
 
 def read_switches(ledger: ConfigLedger) -> Switches:

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from peft_core.methods import decode
+from server.convert.conversion import convert
 from server.engine.request import AdapterTicket, FinishReason
-from tests.adapterhub_goldens import BASES, INDEX, Golden, golden_model, read_golden
+from server.loader.adapter_tensors import AdapterTensors
+from server.loader.prepare import read_config
+from tests.adapterhub_goldens import BASES, DIRECTORY, INDEX, Golden, golden_model, read_golden
 from tests.tiny_engine import Answer, Ask, TinyEngine
 
 TOLERANCE = 1e-4  # of log probabilities
@@ -42,3 +45,15 @@ def test_all_adapters_of_a_base_in_one_batch(base: str, tmp_path: Path) -> None:
     answers = engine.run(asks, stagger_steps=2)
     for golden in goldens:
         assert_is_the_library_s(golden, answers[golden.name])
+
+
+def test_what_the_library_writes_is_converted_and_served(tmp_path: Path) -> None:
+    """Its pickles, with the head beside them, as it writes them where nobody asks for anything else."""
+    convert(DIRECTORY / "as_written", tmp_path / "converted")
+    files = {path.name: str(path) for path in (tmp_path / "converted").iterdir()}
+    engine = TinyEngine(golden_model("qwen2"), tmp_path, chunk_size=16)
+    config, tensors = read_config(Path(files["adapter_config.json"])), AdapterTensors(files)
+    ticket = engine.add_forms("converted", decode(config, tensors, engine.spec, engine.base).forms)
+    golden = read_golden("qwen2", "seq_bn")
+    answers = engine.run([Ask("converted", golden.prompt, ticket, num_tokens=len(golden.answer))])
+    assert_is_the_library_s(golden, answers["converted"])

@@ -83,6 +83,7 @@ def write_adapter(base: Path, directory: Path, config: Any, seed: int) -> Any:
     """Add an adapter to a base, fill it with random weights, and store what the library writes; returns the model."""
     model = load_base(base)
     adapters.init(model)
+    torch.manual_seed(seed)  # for what an adapter does not train
     model.add_adapter(NAME, config=config)
     fill(model, torch.Generator().manual_seed(seed))
     with tempfile.TemporaryDirectory() as written:
