@@ -71,7 +71,10 @@ def plan_supertuning(config: Mapping[str, Any], header: Header, spec: BaseModelS
     ledger = ConfigLedger(config)
     tuner = read_tuner_config(ledger)
     starts_random = not ledger.use_flag("init_weights", True)
-    choice = _Choice(ledger.use_number("sparsity", _DEFAULT_SPARSITY), ledger.use_flag("select_top", True))
+    sparsity = ledger.use_number("sparsity", _DEFAULT_SPARSITY)
+    if not 0 <= sparsity < 1:
+        refuse("sparsity", sparsity, "it is the share of entries that are left alone, below 1.")
+    choice = _Choice(sparsity, ledger.use_flag("select_top", True))
     rank = ledger.use_count("r")
     scaling = _read_scaling(ledger, rank)
     ledger.set_aside({"lora_dropout": "dropout is off at inference"})

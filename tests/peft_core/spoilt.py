@@ -19,6 +19,24 @@ from tests.peft_core.site_samples import SAMPLES
 from tests.peft_core.tuner_samples import ModelWeights, Sample, make_sample
 
 NORMS = Sample(LNTuningConfig, {"target_modules": ["input_layernorm", "norm"]}, ("llama",))
+ONE_A_KIND = (
+    "ia3",
+    "beft",
+    "oft",
+    "boft",
+    "road_1",
+    "lokr",
+    "fourierft",
+    "c3a",
+    "randlora",
+    "hira",
+    "shira",
+    "supertuning, lora",
+    "waveft",
+    "glora",
+    "frod",
+    "norms",
+)
 
 
 class Spoilt:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 
-from tests.peft_core.spoilt import spoilt
+from peft_core.errors import AdapterError
+from tests.peft_core.spoilt import ONE_A_KIND, spoilt
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
@@ -84,6 +86,8 @@ WRONG_VALUES: tuple[tuple[str, str, Any], ...] = (
     ("randlora", "projection_prng_key", 2**70),
     ("waveft", "random_loc_seed", None),
     ("waveft", "use_idwt", "no"),
+    ("supertuning", "sparsity", -1e308),
+    ("supertuning", "sparsity", 1),
     ("glora", "config_C", 3),
     ("glora", "bias", "all"),
     ("hira", "alpha_pattern", {"q_proj": 3}),
@@ -120,3 +124,34 @@ def test_a_whole_factor_and_its_parts_contradict_each_other() -> None:
     tensor = adapter.first("lokr_w1_a")
     adapter.tensors[tensor.replace("_a", "")] = torch.ones(4, 4)
     assert "as a whole" in str(adapter.refusal())
+
+
+JUNK: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    3,
+    2**64,
+    1e308,
+    float("nan"),
+    "",
+    "all",
+    "*(",
+    [],
+    ["q_proj"],
+    {"q_proj": 1},
+)
+
+
+@pytest.mark.parametrize("name", ONE_A_KIND)
+def test_junk_in_any_field_is_refused_or_read(name: str) -> None:
+    """Whatever stands in a field, the decoder knows what to say: no other error ever."""
+    for field in spoilt(name).config:
+        for value in JUNK:
+            adapter = spoilt(name)
+            adapter.config[field] = value
+            with contextlib.suppress(AdapterError):
+                adapter.check()
+                if value not in (None, True):  # most others are refused before
+                    adapter.decode()

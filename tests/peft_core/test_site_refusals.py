@@ -6,28 +6,9 @@ import pytest
 import torch
 
 from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter
-from tests.peft_core.spoilt import flat, module_of, one_of_each, spoilt
+from tests.peft_core.spoilt import ONE_A_KIND, flat, module_of, one_of_each, spoilt
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
-
-ONE_A_KIND = (
-    "ia3",
-    "beft",
-    "oft",
-    "boft",
-    "road_1",
-    "lokr",
-    "fourierft",
-    "c3a",
-    "randlora",
-    "hira",
-    "shira",
-    "supertuning, lora",
-    "waveft",
-    "glora",
-    "frod",
-    "norms",
-)
 
 
 @pytest.mark.parametrize("name", ONE_A_KIND)
