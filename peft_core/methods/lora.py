@@ -79,7 +79,10 @@ class LoraPlan:
             experts=self.experts.read(tensors),
             invocation_tokens=self.config.invocation_tokens,
         )
-        return fold_head(merged(own, self.saved.read(tensors, base)), Vocabulary.of(self.spec).head)
+        saved = self.saved.read(tensors, base)
+        if self.config.invocation_tokens:
+            _refuse_replaced(self.config, (*saved.changes, *saved.embeddings))
+        return fold_head(merged(own, saved), Vocabulary.of(self.spec).head)
 
 
 def plan_lora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> LoraPlan:
@@ -197,6 +200,11 @@ def _refuse_always_active(lora: LoraConfig, saved: SavedPlan, spec: BaseModelSpe
         )
     replaced = [path for path, stored in saved.weights.items() if not stored.is_copy]
     replaced += [*saved.biases, *(row.path for row in saved.rows)]
+    replaced += ["the vocabulary"] if saved.vocabulary is not None else []
+    _refuse_replaced(lora, replaced)
+
+
+def _refuse_replaced(lora: LoraConfig, replaced: Collection[str]) -> None:
     if replaced:
         refuse(
             "alora_invocation_tokens",

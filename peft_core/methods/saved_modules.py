@@ -150,6 +150,12 @@ def _told(rest: str, name: str, spec: BaseModelSpec) -> tuple[str, str, bool]:
     """(what it is, path, whether it stands beside an adapter on the same module) of one tensor."""
     if found := _ROWS.fullmatch(rest):
         return "rows", found["path"], False
+    if rest in spec.expert_parameters:
+        raise UnsupportedAdapter(
+            f'tensor "{name}" replaces the weights of all experts, which is not served. Leave them out of '
+            "modules_to_save.",
+            tensor=name,
+        )
     found = _PARAMETER.fullmatch(rest)
     if found is None or (found["path"] not in spec.sites and _owner(found["path"], spec) is not None):
         raise UnsupportedAdapter(

@@ -104,7 +104,7 @@ class SavedPlan:
     def base_seen(self, tensors: TensorSource, base: BaseWeights | None) -> BaseWeights | None:
         """The base as the adapter's own modules see it: with the copies that its file brings along."""
         copies = {path: stored.name for path, stored in self.weights.items() if stored.is_copy}
-        return _CopiedBase(base, copies, tensors) if base is not None and copies else base
+        return _CopiedBase(base, copies, tensors, self.spec) if base is not None and copies else base
 
     def _changed_weights(self, tensors: TensorSource, base: BaseWeights | None) -> dict[str, torch.Tensor]:
         """Weights by path, logical [out, in] of linears, without those that equal the base's."""
@@ -143,11 +143,16 @@ class SavedPlan:
 class _CopiedBase:
     """Weights of the base, except those that the file copies."""
 
-    def __init__(self, base: BaseWeights, copies: Mapping[str, str], tensors: TensorSource) -> None:
-        self._base, self._copies, self._tensors = base, copies, tensors
+    def __init__(
+        self, base: BaseWeights, copies: Mapping[str, str], tensors: TensorSource, spec: BaseModelSpec
+    ) -> None:
+        self._base, self._copies, self._tensors, self._spec = base, copies, tensors, spec
 
     def weight(self, path: str) -> torch.Tensor:
-        return read_finite(self._tensors, self._copies[path]) if path in self._copies else self._base.weight(path)
+        if path not in self._copies:
+            return self._base.weight(path)
+        weight, site = read_finite(self._tensors, self._copies[path]), self._spec.sites.get(path)
+        return weight.T.contiguous() if site is not None and site.transposed else weight
 
     def bias(self, path: str) -> torch.Tensor | None:
         return self._base.bias(path)

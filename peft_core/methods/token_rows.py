@@ -76,7 +76,7 @@ def _match(
             f"({spec.model_type}). Use the base that the adapter was trained on.",
             tensor=name,
         )
-    token_ids = next((ids for entry, ids in indices.items() if _means(entry, path, vocabulary)), None)
+    token_ids = _token_ids(path, indices, vocabulary)
     if token_ids is None:
         raise UnsupportedAdapter(
             f'tensor "{name}" replaces rows of tokens, but field "{field}" lists none for "{path}"; PEFT would drop '
@@ -100,6 +100,15 @@ def _match(
             tensor=name,
         )
     return StoredRows(path, name, token_ids)
+
+
+def _token_ids(path: str, indices: TokenIndices, vocabulary: Vocabulary) -> tuple[int, ...] | None:
+    """The tokens that the config lists for a table, or for the table of the same weight."""
+    for table in (path, vocabulary.twin(path)):
+        found = next((ids for entry, ids in indices.items() if table and _means(entry, table, vocabulary)), None)
+        if found is not None:
+            return found
+    return None
 
 
 def _means(entry: str | None, path: str, vocabulary: Vocabulary) -> bool:

@@ -24,7 +24,7 @@ from peft_core.spec import BaseModelSpec, Site, SiteKind
 PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."
 _LEFT_IN = ("default", "modules_to_save")  # parts of names that PEFT takes out and some exporters do not
-_TRAINING_ONLY = re.compile(r".*\.original_module\.[^.]+")  # the base's own parameter beside a saved one
+_TRAINING_ONLY = re.compile(r".*\.(original_module\..+|trainable_tokens_original)")  # the base's own beside a new one
 
 
 @dataclass(frozen=True, slots=True)

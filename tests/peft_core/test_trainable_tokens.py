@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 
 from peft_core.errors import AdapterError, BaseMismatch, MalformedAdapter, UnsupportedAdapter
-from tests.peft_core.adapter_files import load_adapter, write_adapter
-from tests.peft_core.lora_samples import PROMPT, assert_equals_peft, decoded, error_against_peft, tiny_base
-from tests.tiny_models import attention_targets, make_lora
+from tests.peft_core.adapter_files import load_adapter, logits_of, write_adapter
+from tests.peft_core.lora_samples import PROMPT, assert_equals_peft, decoded, error_against_peft, spec_of, tiny_base
+from tests.plain_forms import applied
+from tests.tiny_models import attention_targets, load_oracle, make_lora
 
 PREFIX = "base_model.model."
 IDS = [PROMPT[5], 250, PROMPT[0], 3]  # not in order, two of them in the prompt
@@ -27,17 +28,23 @@ def table(arch: str) -> str:
 
 
 def make_tokens(model: Any, directory: Path, **fields: Any) -> Path:
-    """Trainable tokens without LoRA, with random rows."""
+    """Trainable tokens without LoRA."""
+    return save_random(
+        model, TrainableTokensConfig(**{"token_indices": IDS, "task_type": "CAUSAL_LM", **fields}), directory
+    )
+
+
+def save_random(model: Any, config: Any, directory: Path, **options: Any) -> Path:
+    """What PEFT saves after a training that moved every trained value at random."""
+    generator = torch.Generator().manual_seed(9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = TrainableTokensConfig(**{"token_indices": IDS, "task_type": "CAUSAL_LM", **fields})
         adapted = get_peft_model(copy.deepcopy(model), config)
-        generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "trainable_tokens_delta" in name:
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        adapted.save_pretrained(str(directory))
+        adapted.save_pretrained(str(directory), **options)
     return directory
 
 
@@ -99,6 +106,32 @@ def test_tokens_beside_a_lora_on_the_tied_head_equal_peft(tmp_path: Path) -> Non
         tensors[f"{PREFIX}model.layers.{layer}.self_attn.q_proj.lora_magnitude_vector"] = torch.ones(64)
     with pytest.raises(UnsupportedAdapter, match="single rows are replaced as well"):
         decoded(model, write_adapter(tmp_path / "b", config | {"use_dora": True}, tensors))
+
+
+@pytest.mark.parametrize("kind", ["LORA", "TRAINABLE_TOKENS"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_new_tokens_saved_with_their_tables_equal_peft(kind: str, tied: bool, tmp_path: Path) -> None:
+    """As PEFT saves them with save_embedding_layers: tables and rows, twice where embedding and head are one weight."""
+    model = tiny_base("llama", tied=tied)
+    ids = [3, 257, PROMPT[2], 256]
+    resized = copy.deepcopy(model)
+    resized.resize_token_embeddings(258, mean_resizing=False)
+    if kind == "LORA":
+        config: Any = LoraConfig(target_modules=["q_proj"], trainable_token_indices=ids, task_type="CAUSAL_LM")
+    else:
+        config = TrainableTokensConfig(token_indices=ids, task_type="CAUSAL_LM")
+    directory = save_random(resized, config, tmp_path / "a", save_embedding_layers=True)
+    if kind == "TRAINABLE_TOKENS" and not tied:
+        with pytest.raises(BaseMismatch, match="one side only"):  # PEFT leaves the head out
+            decoded(model, directory)
+        return
+    forms, report = decoded(model, directory)
+    assert report.kind == kind
+    assert forms.vocab_size == 258
+    prompt = [*PROMPT, 256, 257, 3]
+    expected = logits_of(load_oracle(resized, directory), prompt)
+    with applied(resized, forms, spec_of(model)) as adapted:
+        assert float((logits_of(adapted, prompt) - expected).abs().max()) < 2e-5
 
 
 def lora_with_tokens(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
