@@ -183,6 +183,9 @@ class Settings(BaseModel):
         ge=0,
         metavar="SIZE",
     )
+    probe_adapters: bool = _setting(
+        True, "Adapters", "Measure how far a new adapter moves the base, by one short prompt on both."
+    )
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto",
         "Adapters",

@@ -90,7 +90,7 @@ class Front:
             try:
                 engine = await EngineClient.start(opening.engine_config(settings), on_event=on_event, launch=launch)
                 started.push_async_callback(engine.close)
-                library = await opening.open_library(settings, engine.description, loader)
+                library = await opening.open_library(settings, engine, loader)
                 started.push_async_callback(library.close)
                 await opening.register_adapters(library, settings, on_event)
                 front = cls(engine, library, await tokenizer, max_queued_requests=settings.max_queued_requests)

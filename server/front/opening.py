@@ -10,13 +10,13 @@ from adapters_store.errors import StoreError
 from adapters_store.layout import check_store
 from adapters_store.staging import StageLimits
 from server.demo import ADAPTERS_DIR, BASE_DIR
-from server.engine.client import LoadProgress, OnEvent
+from server.engine.client import EngineClient, LoadProgress, OnEvent
 from server.engine.config import EngineConfig
-from server.engine.description import EngineDescription
 from server.front.errors import CannotStart
 from server.front.tokenizer import require_tokenizer
 from server.library.directory import AdapterDirectory, find_directories
 from server.library.library import Library
+from server.library.probe import Probe
 from server.loader.client import LoaderClient
 from server.loader.errors import LoaderError
 from server.loader.job import PackingTarget
@@ -74,9 +74,10 @@ def _check_model(model: str) -> None:
         raise CannotStart(f"there is no directory {model}. MODEL is a directory, or an id like org/name on the Hub.")
 
 
-async def open_library(settings: Settings, description: EngineDescription, loader: LoaderClient) -> Library:
+async def open_library(settings: Settings, engine: EngineClient, loader: LoaderClient) -> Library:
     """Aim the loader at this base and open the store. Raises StoreUnusable, LoaderUnavailable."""
     limits = StageLimits(max_file_bytes=settings.max_upload_bytes, max_total_bytes=settings.max_upload_bytes)
+    description = engine.description
     target = PackingTarget(
         description.spec,
         description.adapter_dtype,
@@ -85,7 +86,8 @@ async def open_library(settings: Settings, description: EngineDescription, loade
         settings.max_dense_adapter_bytes,
     )
     await loader.aim(target)
-    return await Library.open(settings.store_path, loader, limits=limits, max_rank=settings.max_lora_rank)
+    probe = Probe(engine) if settings.probe_adapters else None
+    return await Library.open(settings.store_path, loader, limits=limits, max_rank=settings.max_lora_rank, probe=probe)
 
 
 async def register_adapters(library: Library, settings: Settings, on_event: OnEvent) -> None:

@@ -25,10 +25,13 @@ from adapters_store.images import StagedImage, StoredImage
 from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name, parse_reference
 from adapters_store.record import AdapterRecord, AdapterVersion, Content, Source, VersionState
 from adapters_store.staging import Stage, StageLimits
+from peft_core.traits import AdapterTraits
+from server.engine.request import AdapterTicket
 from server.library.check import check_files, check_rank
 from server.library.directory import AdapterDirectory
 from server.library.errors import AdapterUnusable
 from server.library.lease import AdapterLease
+from server.library.probe import Probe
 from server.library.registrar import Discovered, OnEach, Registrar
 from server.library.shared_work import SharedWork
 from server.loader.errors import AdapterRefused
@@ -46,8 +49,11 @@ class Deleted(NamedTuple):
 class Library:
     """Call from one event loop. What blocks on the disk runs in threads, what needs torch in the loader."""
 
-    def __init__(self, catalog: Catalog, loader: Loader, *, max_rank: int | None = None) -> None:
+    def __init__(
+        self, catalog: Catalog, loader: Loader, *, max_rank: int | None = None, probe: Probe | None = None
+    ) -> None:
         self.catalog = catalog
+        self._probe = probe
         self._loader = loader
         self._max_rank = max_rank
         self._work = SharedWork()
@@ -55,9 +61,17 @@ class Library:
 
     @classmethod
     async def open(
-        cls, directory: Path, loader: Loader, *, limits: StageLimits | None = None, max_rank: int | None = None
+        cls,
+        directory: Path,
+        loader: Loader,
+        *,
+        limits: StageLimits | None = None,
+        max_rank: int | None = None,
+        probe: Probe | None = None,
     ) -> Library:
         """The library over the store in `directory`, for the base that `loader` packs for.
+
+        With a `probe` the report of a new version says how far it moves the base.
 
         Raises:
             StoreUnusable: the directory is in use, of another schema, or no store.
@@ -66,7 +80,7 @@ class Library:
         opening = functools.partial(
             Catalog, directory, loader.target.fingerprint, limits=limits, reclaim=cleaner.submit
         )
-        return cls(await asyncio.to_thread(opening), loader, max_rank=max_rank)
+        return cls(await asyncio.to_thread(opening), loader, max_rank=max_rank, probe=probe)
 
     async def close(self) -> None:
         """Gives up work in progress, ends the loader and lets go of the store. Again is harmless."""
@@ -91,7 +105,12 @@ class Library:
         files = {file.path: str(stage.path_of(file.path)) for file in stage.files}
         prepared = await self._loader.prepare(PrepareJob(files, str(stage.directory / _IMAGE_FILE)))
         check_rank(prepared.report, self._max_rank)
-        return prepared
+        if self._probe is None:
+            return prepared
+        traits = AdapterTraits.from_json(prepared.report.get("traits", {}))
+        image_path = str(stage.directory / _IMAGE_FILE)
+        ticket = AdapterTicket(prepared.effect_digest, "the adapter", image_path, prepared.num_bytes, traits)
+        return replace(prepared, report=await self._probe.add_to(prepared.report, ticket))
 
     async def add(
         self,

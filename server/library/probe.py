@@ -9,8 +9,10 @@ Running example: 12 tokens, the likeliest 20 next ones
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from server.engine.client import EngineClient
@@ -44,11 +46,19 @@ class Probe:
         self._of_base: dict[tuple[int, ...], Reading] = {}
 
     async def add_to(self, report: Mapping[str, Any], ticket: AdapterTicket) -> dict[str, Any]:
-        """A load report with what the probe found, and a warning where that is nothing."""
-        found = await self.measure(ticket)
+        """A load report with what the probe found, and a warning where that is nothing.
+
+        The image is loaded under a name of its own and leaves the device again, so nobody finds it there.
+        """
+        own = replace(ticket, key=f"{_SALT}:{ticket.key}")
+        found = await self.measure(own)
+        with contextlib.suppress(EngineError):
+            await self._engine.evict(own.key)
         warnings = [*report["warnings"]]
         if found.get("largest_change") == 0:
             warnings.append(NO_CHANGE)
+        if "failed" in found:
+            warnings.append(f"the probe could not be made: {found['failed']}")
         return {**report, "probe": found, "warnings": warnings}
 
     async def measure(self, ticket: AdapterTicket) -> dict[str, Any]:

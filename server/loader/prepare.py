@@ -26,7 +26,7 @@ from server.loader.strength import CHANGES_NOTHING, changes_nothing
 logger = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 1024 * 1024
-CHECK_SECONDS = 5.0  # of processor time; an honest config takes milliseconds
+CHECK_SECONDS = 3.0  # of processor time; an honest config takes milliseconds
 
 
 class Packer:
