@@ -22,6 +22,7 @@ import torch
 
 from peft_core.errors import MalformedAdapter, shown
 from peft_core.forms import LinearDelta
+from peft_core.methods.decompositions import decomposition_warnings
 from peft_core.methods.ledger import ConfigLedger, is_number
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.site_tensors import shape_of
@@ -61,7 +62,8 @@ def plan_osf(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> 
         shape_of(header, names[SUFFIXES[2]], site, (low, "in"))
         return MatchedSite(site.path, 2 * low, 1.0) if low else None
 
-    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random=starts_random)
+    slow = decomposition_warnings(KIND, file.modules, spec)
+    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random, slow)
     return draft.plan(match, _factors, needs_base=True)
 
 

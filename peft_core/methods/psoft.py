@@ -27,13 +27,15 @@ import torch
 
 from peft_core.errors import MalformedAdapter, shown
 from peft_core.forms import LinearDelta
+from peft_core.methods.decompositions import decomposition_warnings
 from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.site_tensors import shape_of
 from peft_core.methods.tensors import Header
+from peft_core.methods.tuner_checks import whole_number
 from peft_core.methods.tuner_config import read_tuner_config
 from peft_core.methods.tuner_file import require_all, sort_tuner_file
-from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan, whole_number
+from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan
 from peft_core.spec import BaseModelSpec, Site
 
 KIND = "PSOFT"
@@ -144,7 +146,8 @@ def plan_psoft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -
         up, right = decomposition.first(data.weight(), rank)
         return LinearDelta(down=(matrix - torch.eye(rank)) @ right, up=up)
 
-    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random, (_SIGNS,))
+    warnings = (_SIGNS, *(decomposition_warnings(KIND, file.modules, spec) if decomposition.is_full else ()))
+    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random, warnings)
     return draft.plan(match, formula, needs_base=True)
 
 

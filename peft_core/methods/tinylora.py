@@ -8,6 +8,9 @@
     Semantics, v of the module's group:
         y += B (sum_i v[i] P[i]) A x
 
+On an embedding A and B are those of its table, B [vocabulary, r], and the row of a token is added to what the module
+returns.
+
 Modules are numbered in the base's order, as far as the config targets them. With weight_tying = t, n modules have
 round(n (1 - t)) groups. With save_projection=False, P is drawn again as PEFT draws it: a normal distribution of
 standard deviation 1 / sqrt(r), from the seed projection_seed + number of the module.
@@ -23,22 +26,24 @@ from typing import Any
 
 import torch
 
-from peft_core.errors import MalformedAdapter
-from peft_core.forms import LinearDelta
+from peft_core.errors import MalformedAdapter, UnsupportedAdapter
+from peft_core.forms import EmbeddingChange, LinearDelta
 from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.site_tensors import shape_of
 from peft_core.methods.tensors import Header
+from peft_core.methods.tuner_checks import require_targets, whole_number
 from peft_core.methods.tuner_config import TunerConfig, read_tuner_config
 from peft_core.methods.tuner_file import TunerFile, require_all, sort_tuner_file
-from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan, require_targets, whole_number
-from peft_core.spec import BaseModelSpec, Site
+from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan
+from peft_core.spec import BaseModelSpec, Site, SiteKind
 
 KIND = "TINYLORA"
 FACTORS = ("tinylora_A", "tinylora_B")
 PROJECTION = "tinylora_P"
 VECTOR = "tinylora_v"
 _DEFAULT_RANK, _DEFAULT_LENGTH, _DEFAULT_SEED = 2, 64, 42
+_KINDS: tuple[SiteKind, ...] = ("linear", "head", "embedding")
 _IRRELEVANT: Mapping[str, str] = {
     "init_v_bound": "only says how training began",
     "save_projection": "the file itself tells",
@@ -68,8 +73,11 @@ def plan_tinylora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
     def match(site: Site, names: Names) -> MatchedSite:
         require_all(names, site.path, FACTORS)
         own_rank = min(rank, site.in_features, site.out_features)
-        shape_of(header, names[FACTORS[0]], site, (own_rank, "in"))
-        shape_of(header, names[FACTORS[1]], site, ("out", own_rank))
+        is_embedding = site.kind == "embedding"
+        if is_embedding:
+            _require_token_table(site, names[FACTORS[0]], spec)
+        shape_of(header, names[FACTORS[0]], site, (own_rank, "out" if is_embedding else "in"))
+        shape_of(header, names[FACTORS[1]], site, ("in" if is_embedding else "out", own_rank))
         if PROJECTION in names:
             shape_of(header, names[PROJECTION], site, (length, own_rank, own_rank))
         vector = groups.get(site.path, "")
@@ -77,24 +85,26 @@ def plan_tinylora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
         shape_of(header, file.shared[vector], None, (length,))
         return MatchedSite(site.path, own_rank, 1.0)
 
-    def formula(data: SiteData) -> LinearDelta:
+    def formula(data: SiteData) -> LinearDelta | EmbeddingChange:
         down, up = (data.own[suffix] for suffix in FACTORS)
         projection = data.own.get(PROJECTION)
         if projection is None:
             projection = _drawn(length, len(down), seed + numbers[data.site.path])
         mixing = torch.einsum("i,ijk->jk", data.shared[groups[data.site.path]], projection)
+        if data.site.kind == "embedding":
+            return EmbeddingChange(down=up.T, up=(mixing @ down).T)
         return LinearDelta(down=mixing @ down, up=up)
 
     is_drawn = any(PROJECTION not in names for names in file.modules.values())
     warnings = (_REGENERATED,) if is_drawn else ()
-    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random, warnings)
+    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random, warnings, kinds=_KINDS)
     plan = draft.plan(match, formula)
     _require_used(file, groups)
     return plan
 
 
 def _numbers(tuner: TunerConfig, spec: BaseModelSpec) -> dict[str, int]:
-    return {path: number for number, path in enumerate(require_targets(tuner, spec))}
+    return {path: number for number, path in enumerate(require_targets(tuner, spec, _KINDS))}
 
 
 def _groups(tuner: TunerConfig, spec: BaseModelSpec, tying: float) -> dict[str, str]:
@@ -113,6 +123,17 @@ def _require_used(file: TunerFile, groups: Mapping[str, str]) -> None:
             f"{len(groups)} modules. Correct weight_tying or target_modules, or save the adapter again.",
             tensor=unused[0],
         )
+
+
+def _require_token_table(site: Site, name: str, spec: BaseModelSpec) -> None:
+    """PEFT adds to what the module returns: after the scale that Gemma's has, which a form stands before."""
+    if site.in_features == spec.vocab_size and not spec.model_type.startswith("gemma"):
+        return
+    raise UnsupportedAdapter(
+        f'tensor "{name}" adapts the table "{site.path}", which is not one of plain token embeddings: not served. '
+        "Leave it out of target_modules.",
+        tensor=name,
+    )
 
 
 def _drawn(length: int, rank: int, seed: int) -> torch.Tensor:

@@ -15,25 +15,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 import torch
 
-from peft_core.errors import MalformedAdapter, UnsupportedAdapter, shown
-from peft_core.forms import AdapterForms, LinearDelta, SiteChange
+from peft_core.errors import MalformedAdapter, UnsupportedAdapter
+from peft_core.forms import AdapterForms, EmbeddingChange, LinearDelta, SiteChange
 from peft_core.methods.base_weights import BaseWeights, require_base
 from peft_core.methods.dense import dense_bytes
-from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import DecodeReport, FormName, MatchedSite
 from peft_core.methods.saved_modules import SavedPlan, merged
 from peft_core.methods.site_tensors import read_tensor
-from peft_core.methods.targets import targeted_sites
 from peft_core.methods.tensors import Header, TensorSource, require_finite
+from peft_core.methods.tuner_checks import LINEAR, require_targets, targeted_paths
 from peft_core.methods.tuner_config import TunerConfig, some
 from peft_core.methods.tuner_file import TunerFile, require_site
-from peft_core.spec import BaseModelSpec, Site
+from peft_core.spec import BaseModelSpec, Site, SiteKind
 
 Names = Mapping[str, str]  # suffix -> tensor name
-Change = LinearDelta | SiteChange | tuple[SiteChange, LinearDelta]
+Change = LinearDelta | SiteChange | tuple[SiteChange, LinearDelta] | EmbeddingChange
+AnyChange = TypeVar("AnyChange", SiteChange, EmbeddingChange)
 Match = Callable[[Site, Names], "MatchedSite | None"]  # None: nothing to do here, e.g. pruned to rank 0
 
 
@@ -87,23 +88,27 @@ class TunerPlan:
         """
         linear: dict[str, LinearDelta] = {}
         changes: dict[str, SiteChange] = {}
+        embeddings: dict[str, EmbeddingChange] = {}
         shared = self.prepare({key: read_tensor(tensors, name) for key, name in self.shared.items()})
         for matched in self.report.sites:
             names = self.modules.get(matched.path, {})
-            own = {suffix: read_tensor(tensors, name) for suffix, name in names.items()}
+            values = {suffix: read_tensor(tensors, name) for suffix, name in names.items()}
             site = self.spec.sites[matched.path]
             name = next(iter((*names.values(), *self.shared.values())))
-            change = self._change(SiteData(self.report.kind, site, matched, own, shared, base), name)
+            change = self._change(SiteData(self.report.kind, site, matched, values, shared, base), name)
             if isinstance(change, tuple):
                 changes[matched.path] = _finite_change(change[0], name)
                 change = change[1]
             if isinstance(change, SiteChange):
                 changes[matched.path] = _finite_change(change, name)
+            elif isinstance(change, EmbeddingChange):
+                embeddings[matched.path] = _finite_change(change, name)
             elif matched.rank == 0:
                 changes[matched.path] = SiteChange(dense=_finite(change.up @ change.down, name))
             else:
                 linear[matched.path] = LinearDelta(_finite(change.down, name), _finite(change.up, name))
-        return merged(AdapterForms(linear=linear, changes=changes), self.saved.read(tensors, base))
+        own_forms = AdapterForms(linear=linear, changes=changes, embeddings=embeddings)
+        return merged(own_forms, self.saved.read(tensors, base))
 
     def _change(self, data: SiteData, name: str) -> Change:
         try:
@@ -132,6 +137,7 @@ class TunerDraft:
     module_free: bool = False  # all values are shared: the config alone says which modules are changed
     forms: tuple[FormName, ...] = field(default=("low rank",))  # of sites with a rank
     rankless_forms: tuple[FormName, ...] = ("dense",)  # of sites without
+    kinds: tuple[SiteKind, ...] = LINEAR  # of modules that the kind can change
 
     def plan(
         self, match: Match, formula: Formula, *, prepare: Prepare = as_stored, needs_base: bool = False
@@ -150,7 +156,7 @@ class TunerDraft:
                 "adapter would do nothing. Save the adapter again with PEFT's save_pretrained."
             )
         for path, names in self.file.modules.items():
-            require_site(path, next(iter(names.values())), self.spec)
+            require_site(path, next(iter(names.values())), self.spec, self.kinds)
         missing = self._compare_targets()
         found: list[MatchedSite] = []
         pruned: list[str] = []
@@ -177,12 +183,12 @@ class TunerDraft:
 
     def _paths(self) -> tuple[str, ...]:
         if self.module_free:
-            return require_targets(self.config, self.spec)
+            return require_targets(self.config, self.spec, self.kinds)
         return tuple(path for path in self.spec.sites if path in self.file.modules)
 
     def _compare_targets(self) -> tuple[str, ...]:
         """Hold the file against the config; returns the modules that are targeted but have no tensors."""
-        targeted = targeted_paths(self.config, self.spec)
+        targeted = targeted_paths(self.config, self.spec, self.kinds)
         if targeted is None or self.module_free:
             return ()
         extra = [path for path in self.file.modules if path not in targeted]
@@ -210,8 +216,11 @@ class TunerDraft:
 
     def _forms(self, sites: Collection[MatchedSite], saved: SavedPlan) -> tuple[FormName, ...]:
         own: list[FormName] = []
-        if any(site.rank for site in sites):
+        kinds = {self.spec.sites[site.path].kind for site in sites if site.rank}
+        if kinds - {"embedding"}:
             own += self.forms
+        if "embedding" in kinds:
+            own.append("embedding")
         if any(site.rank == 0 for site in sites):
             own += self.rankless_forms
         return tuple(dict.fromkeys((*own, *saved.forms)))
@@ -246,62 +255,6 @@ class TunerDraft:
         return tuple(told)
 
 
-def targeted_paths(config: TunerConfig, spec: BaseModelSpec) -> tuple[str, ...] | None:
-    """Modules that the config means, in the base's order; None where it names none. Saved modules are never meant."""
-    if config.rule is None:
-        return None
-    targeted = targeted_sites(config.rule, spec)
-    return tuple(path for path in spec.sites if path in targeted and not _is_within(path, config.modules_to_save))
-
-
-def require_targets(config: TunerConfig, spec: BaseModelSpec) -> tuple[str, ...]:
-    """As `targeted_paths`.
-
-    Raises:
-        UnsupportedAdapter: the config names none, and nothing else does.
-    """
-    targeted = targeted_paths(config, spec)
-    if not targeted:
-        raise UnsupportedAdapter(
-            'field "target_modules" is empty, and nothing else says which modules the shared values belong to. '
-            "Name the modules that the adapter was trained on.",
-            field="target_modules",
-            value=None,
-        )
-    return targeted
-
-
-def require_rank(config: TunerConfig, path: str, name: str, rank: int, default: int) -> None:
-    """Raises MalformedAdapter where the config claims another rank for a module than its tensor has."""
-    stated = config.rank(path, default)
-    if stated != rank:
-        raise MalformedAdapter(
-            f'tensor "{name}" has rank {rank}, but the config says {shown(stated)} for this module. '
-            "Correct r and rank_pattern; the first pattern that fits a module counts.",
-            tensor=name,
-        )
-
-
-def whole_number(ledger: ConfigLedger, field: str, default: int, limit: int = 2**62) -> int:
-    """Take a field that is an integer from 0 to below the limit: a seed, or a count that may be 0.
-
-    Raises:
-        MalformedAdapter: it is something else.
-    """
-    value = ledger.use(field, default)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit:
-        return value
-    raise MalformedAdapter(
-        f'field "{field}" = {shown(value)}; expected an integer from 0 to {limit - 1}. Correct adapter_config.json.',
-        field=field,
-        value=value,
-    )
-
-
-def _is_within(path: str, modules: Collection[str]) -> bool:
-    return any(f".{module}." in f".{path}." for module in modules)
-
-
 def _smallest(found: Collection[MatchedSite], spec: BaseModelSpec) -> tuple[MatchedSite, ...]:
     """Rank 0, which is dense, where the whole matrix is smaller than its factors."""
     return tuple(replace(site, rank=0) if _is_wide(site, spec) else site for site in found)
@@ -309,6 +262,8 @@ def _smallest(found: Collection[MatchedSite], spec: BaseModelSpec) -> tuple[Matc
 
 def _is_wide(matched: MatchedSite, spec: BaseModelSpec) -> bool:
     site = spec.sites[matched.path]
+    if site.kind == "embedding":
+        return False
     return matched.rank * (site.in_features + site.out_features) > site.in_features * site.out_features
 
 
@@ -317,7 +272,7 @@ def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
     return values.to(torch.float32).contiguous()
 
 
-def _finite_change(change: SiteChange, name: str) -> SiteChange:
+def _finite_change(change: AnyChange, name: str) -> AnyChange:
     for part in fields(change):
         if isinstance(value := getattr(change, part.name), torch.Tensor):
             require_finite(value, name)

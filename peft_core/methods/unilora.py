@@ -31,9 +31,10 @@ from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.site_tensors import INTEGER_DTYPES, require_indices, shape_of
 from peft_core.methods.tensors import Header
+from peft_core.methods.tuner_checks import require_targets, whole_number
 from peft_core.methods.tuner_config import read_tuner_config
 from peft_core.methods.tuner_file import require_all, sort_tuner_file
-from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan, require_targets, whole_number
+from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan
 from peft_core.spec import BaseModelSpec, Site
 
 KIND = "UNILORA"

@@ -75,6 +75,11 @@ SAMPLES: Mapping[str, Sample] = {
         layers_to_transform=[1, 2],
         modules_to_save=["up_proj"],
     ),
+    "tinylora, tables": Sample(
+        peft.TinyLoraConfig,
+        {"r": 3, "u": 5, "target_modules": ["embed_tokens", "lm_head", "v_proj"], "save_projection": False},
+        ("llama", "qwen2", "opt"),
+    ),
     "osf": _linear(peft.OSFConfig, 0.05, "gpt_neox", effective_rank=60),
     "osf, half": _linear(peft.OSFConfig, 0.05),
     "osf, patterns": _linear(peft.OSFConfig, 0.05, effective_rank=0.9, rank_pattern={"mlp": 61, r"\.0\..*q_proj": 0.5}),

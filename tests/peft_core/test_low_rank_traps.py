@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from peft_core.errors import AdapterError, MalformedAdapter, UnsupportedAdapter
 from peft_core.methods import check, decode
+from peft_core.methods.decompositions import decomposition_warnings
 from peft_core.methods.report import Decoded
 from tests.peft_core.adapter_files import (
     LoadedTensors,
@@ -203,6 +205,14 @@ def test_a_value_that_cannot_be_is_told(name: str, field: str, value: object, tm
     assert len(str(error)) < 400
 
 
+def test_tinylora_on_other_tables_is_refused(tmp_path: Path) -> None:
+    for arch, table in (("gemma2", "embed_tokens"), ("gpt2", "wpe")):
+        directory = make_sample(SAMPLES["tinylora"], arch, tmp_path / arch, target_modules=[table])
+        with pytest.raises(UnsupportedAdapter, match=table) as refusal:
+            decoded(directory, arch)
+        assert refusal.value.tensor is not None
+
+
 def test_tinylora_of_another_tying_is_told(tmp_path: Path) -> None:
     config, tensors = sample("tinylora, tied", tmp_path)
     assert isinstance(refused(config | {"weight_tying": 0.0}, tensors), MalformedAdapter)
@@ -264,6 +274,15 @@ def test_poly_of_one_task_needs_no_choice(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = oracle(torch.tensor([PROMPT]), task_ids=torch.tensor([0])).logits[0]
     assert difference(decoded(directory, "llama"), expected) < 5e-5
+
+
+def test_a_slow_decomposition_is_told() -> None:
+    spec = shared_spec("llama")
+    assert decomposition_warnings("OSF", tuple(spec.sites), spec) == ()
+    sites = {path: replace(site, in_features=4096, out_features=4096) for path, site in spec.sites.items()}
+    (sentence,) = decomposition_warnings("OSF", [Q_PROJ, V_PROJ, "elsewhere"], replace(spec, sites=sites))
+    assert "2 weights" in sentence
+    assert "about 2 minutes" in sentence
 
 
 def test_psoft_tells_that_signs_are_not_stored(tmp_path: Path) -> None:
