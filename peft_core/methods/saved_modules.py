@@ -23,7 +23,7 @@ from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter
 from peft_core.methods.merging import merged
 from peft_core.methods.saved_plan import SavedPlan, StoredWeight
 from peft_core.methods.tensors import FLOAT_DTYPES, Header
-from peft_core.methods.token_rows import StoredRows, match_rows
+from peft_core.methods.token_rows import StoredRows, grown_tables, match_rows
 from peft_core.methods.tuner_config import TunerConfig, some
 from peft_core.methods.vocabulary import Vocabulary
 from peft_core.spec import BaseModelSpec
@@ -85,6 +85,9 @@ class SavedModules:
             _check_bias(path, name, header, spec)
         num_rows = _common_rows(weights, header, vocabulary)
         rows = match_rows(self.token_rows, config.token_indices, header, spec, field=tokens_field)
+        grown = () if num_rows is not None else grown_tables(rows, spec)
+        if grown:
+            num_rows = 1 + max(token for row in rows for token in row.token_ids)
         self._check_rows(rows, num_rows, config, vocabulary)
         self._check_listed(config, spec, vocabulary)
         trained = (*self.weights.values(), *self.biases.values(), *self.token_rows.values())
@@ -94,6 +97,7 @@ class SavedModules:
             biases=self.biases,
             rows=rows,
             vocabulary=num_rows,
+            grown=grown,
             num_parameters=sum(math.prod(header[name].shape) for name in trained),
             warnings=tuple(_warnings(config, self.biases, spec)),
         )

@@ -11,7 +11,7 @@ A weight that equals the base's changes nothing and is dropped: PEFT stores whol
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class SavedPlan:
     biases: Mapping[str, str] = field(default_factory=dict)  # path -> tensor name
     rows: tuple[StoredRows, ...] = ()
     vocabulary: int | None = None  # rows of the adapter's tables, where they are not as many as the base's
+    grown: tuple[str, ...] = ()  # tables that are the base's, made longer by new tokens whose rows are all there
     num_parameters: int = 0  # trained
     warnings: tuple[str, ...] = ()
 
@@ -50,6 +51,8 @@ class SavedPlan:
                 continue  # the base's own, most likely
             site = self.spec.sites.get(path)
             found.append("norm" if site is None else "embedding" if site.kind == "embedding" else "replacement")
+        for path in self.grown:
+            found.append("embedding" if self.spec.sites[path].kind == "embedding" else "replacement")
         for path in self.biases:
             found.append("shift" if path in self.spec.sites else "norm")
         for row in self.rows:
@@ -59,7 +62,8 @@ class SavedPlan:
     @property
     def needs_base(self) -> bool:
         """A replaced bias cannot be read without the base's; a copied weight not be told from it."""
-        return any(path in self.spec.sites for path in self.biases) or any(w.is_copy for w in self.weights.values())
+        has_copies = any(stored.is_copy for stored in self.weights.values())
+        return has_copies or bool(self.grown) or any(path in self.spec.sites for path in self.biases)
 
     def read(self, tensors: TensorSource, base: BaseWeights | None) -> AdapterForms:
         """Replacements, shifts, norms, embeddings and rows; float32 on the host.
@@ -86,7 +90,7 @@ class SavedPlan:
             else:
                 old = changes.get(path, SiteChange())
                 changes[path] = SiteChange(replacement=old.replacement, shift=self._shift(path, name, tensors, base))
-        head_rows = self._add_rows(embeddings, tensors)
+        head_rows = self._put_rows(embeddings, changes, tensors)
         return AdapterForms(
             changes=changes,
             embeddings=embeddings,
@@ -118,6 +122,9 @@ class SavedPlan:
             weight = weight.T.contiguous() if site is not None and site.transposed else weight
             if base is None or not _is_same(weight, base.weight(path), stored, tensors):
                 changed[path] = weight
+        for path in self.grown:
+            own = require_base(base, "A larger vocabulary of which only the new rows are stored").weight(path)
+            changed[path] = padded(own, self.vocabulary or 0)
         return changed
 
     def _shift(self, path: str, name: str, tensors: TensorSource, base: BaseWeights | None) -> torch.Tensor:
@@ -125,18 +132,26 @@ class SavedPlan:
         stored = read_finite(tensors, name)
         return stored if own is None else stored - own
 
-    def _add_rows(self, embeddings: dict[str, EmbeddingChange], tensors: TensorSource) -> dict[str, HeadRows]:
-        """Put rows of embeddings into `embeddings`; returns those of heads, by path."""
+    def _put_rows(
+        self, embeddings: dict[str, EmbeddingChange], changes: dict[str, SiteChange], tensors: TensorSource
+    ) -> dict[str, HeadRows]:
+        """Put rows of tokens where they belong: into a table that is replaced anyway, or beside the base's."""
         head_rows: dict[str, HeadRows] = {}
-        read: dict[str, torch.Tensor] = {}
+        read = {name: read_finite(tensors, name) for name in {row.name for row in self.rows}}
         for path, name, token_ids in self.rows:
-            if name not in read:
-                read[name] = read_finite(tensors, name)
-            if self.spec.sites[path].kind == "head":
-                head_rows[path] = HeadRows(token_ids, read[name])
+            is_head, rows = self.spec.sites[path].kind == "head", read[name]
+            change = changes.get(path) if is_head else embeddings.get(path)
+            if change is not None and change.replacement is not None:
+                table = change.replacement.clone()  # it may be that of another module as well
+                table[list(token_ids)] = rows
+                if isinstance(change, SiteChange):
+                    changes[path] = replace(change, replacement=table)
+                else:
+                    embeddings[path] = replace(change, replacement=table)
+            elif is_head:
+                head_rows[path] = HeadRows(token_ids, rows)
             else:
-                table = embeddings[path].replacement if path in embeddings else None
-                embeddings[path] = EmbeddingChange(token_ids=token_ids, rows=read[name], replacement=table)
+                embeddings[path] = EmbeddingChange(token_ids=token_ids, rows=rows)
         return head_rows
 
 

@@ -60,6 +60,19 @@ def match_rows(
     return tuple(rows.values())
 
 
+def grown_tables(rows: tuple[StoredRows, ...], spec: BaseModelSpec) -> tuple[str, ...]:
+    """The tables of a vocabulary that was made larger, where the rows of all new tokens are there and nothing else of
+    it is: () unless both tables have them, the new tokens follow the base's own, and none is missing."""
+    vocabulary = Vocabulary.of(spec)
+    tables = [site.path for site in (vocabulary.embedding, vocabulary.head) if site is not None]
+    for path in tables:
+        size = vocabulary.size(path) or 0
+        new = {token for row in rows if row.path == path for token in row.token_ids if token >= size}
+        if not new or new != set(range(size, size + len(new))):
+            return ()
+    return tuple(tables)
+
+
 def _match(
     path: str,
     name: str,

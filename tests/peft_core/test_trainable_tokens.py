@@ -14,7 +14,15 @@ from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 
 from peft_core.errors import AdapterError, BaseMismatch, MalformedAdapter, UnsupportedAdapter
 from tests.peft_core.adapter_files import load_adapter, logits_of, write_adapter
-from tests.peft_core.lora_samples import PROMPT, assert_equals_peft, decoded, error_against_peft, spec_of, tiny_base
+from tests.peft_core.lora_samples import (
+    PROMPT,
+    assert_equals_peft,
+    decoded,
+    error_against_peft,
+    given,
+    spec_of,
+    tiny_base,
+)
 from tests.plain_forms import applied
 from tests.tiny_models import attention_targets, load_oracle, make_lora
 
@@ -190,9 +198,33 @@ def test_new_tokens_of_a_larger_vocabulary(tmp_path: Path) -> None:
     forms = decoded(tiny_base("llama"), larger).forms
     assert forms.vocab_size == 258
     change = forms.embeddings["model.embed_tokens"]
-    assert change.token_ids == (256, 257)
-    assert change.replacement is not None
-    assert torch.equal(change.replacement, embedding)
+    assert change.token_ids == ()
+    assert torch.equal(given(change.replacement)[:256], embedding[:256])
+    rows = tensors[f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    assert torch.equal(given(change.replacement)[256:], rows)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_new_tokens_of_which_only_the_rows_are_stored_equal_peft(tied: bool, tmp_path: Path) -> None:
+    """PEFT loads them into a base that was made larger; what stood in its new rows does not matter."""
+    model = tiny_base("llama", tied=tied)
+    resized = copy.deepcopy(model)
+    resized.resize_token_embeddings(258, mean_resizing=False)
+    tokens: Any = [257, PROMPT[3], 256] if tied else {"embed_tokens": [257, PROMPT[3], 256], "lm_head": [256, 257]}
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    directory = save_random(resized, LoraConfig(trainable_token_indices=tokens, **options), tmp_path / "a")
+    forms, report = decoded(model, directory)
+    assert (forms.vocab_size, report.needs_base) == (258, True)
+    prompt = [*PROMPT, 256, 257, 3]
+    expected = logits_of(load_oracle(resized, directory), prompt)
+    with applied(resized, forms, spec_of(model)) as adapted:
+        assert float((logits_of(adapted, prompt) - expected).abs().max()) < 2e-5
+    with pytest.raises(UnsupportedAdapter, match="only the new rows"):
+        decoded(model, directory, with_base=False)
+    gap: Any = [255, PROMPT[3], 257]
+    unknown = save_random(resized, LoraConfig(trainable_token_indices=gap, **options), tmp_path / "b")
+    with pytest.raises(BaseMismatch, match="save_embedding_layers=True"):
+        decoded(model, unknown)
 
 
 def test_a_head_with_a_bias_keeps_its_rows(tmp_path: Path) -> None:
