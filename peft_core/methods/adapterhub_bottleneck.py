@@ -41,6 +41,7 @@ _OLD: Mapping[str, str] = {
     "new_attention_norm": "written by early versions, read by none",
     "inv_adapter_reduction_factor": "means nothing without an invertible adapter",
 }
+_MAX_WIDENING = 4  # what is hypercomplex is small in the file and whole in memory
 _NORM_EPSILON = 1e-5  # of the norms that an adapter brings
 _DOWN, _UP = "adapter_down", "adapter_up"
 _BEFORE, _AFTER = "adapter_norm_before", "adapter_norm_after"
@@ -249,6 +250,10 @@ def _width(reduction: Any, number: int, hidden_size: int) -> int:
         value = reduction.get(str(number), reduction.get("default"))
     if not is_number(value) or value <= 0:
         raise wrong("reduction_factor", reduction, "a number above 0, or an object of such numbers for every layer")
+    if value < 1 / _MAX_WIDENING:
+        refuse(
+            "reduction_factor", value, f"bottlenecks wider than {_MAX_WIDENING} times the hidden size are not served."
+        )
     return max(1, int(hidden_size // value))
 
 

@@ -88,7 +88,7 @@ class HubTensors:
         """Raises UnsupportedAdapter, naming the first tensor that nobody took."""
         for group, paths in self._groups.items():
             for names in paths.values():
-                for tensor in set(names.values()) - self._lent:
+                for tensor in (name for name in names.values() if name not in self._lent):
                     if group in _NEVER:
                         _refuse(tensor, f"belongs to {_NEVER[group]}: not served.")
                     _refuse(

@@ -79,6 +79,8 @@ def test_other_methods_are_refused(architecture: str) -> None:
         ("llama", "seq_bn", {"residual_before_ln": "post_add"}, "residual_before_ln"),
         ("llama", "seq_bn", {"non_linearity": "mish"}, "non_linearity"),
         ("llama", "seq_bn", {"of_tomorrow": 1}, "of_tomorrow"),
+        ("llama", "seq_bn", {"reduction_factor": 5e-324}, "reduction_factor"),
+        ("llama", "compacter", {"reduction_factor": 0.01}, "reduction_factor"),
         ("qwen2", "seq_bn", {"original_ln_after": False}, "original_ln_after"),
         ("gemma2", "seq_bn", {"residual_before_ln": False}, "residual_before_ln"),
         ("gptj", "double_seq_bn", {"original_ln_before": True}, "original_ln_before"),
