@@ -60,14 +60,22 @@ def experts_hook(module: nn.Module, path: str, parts: Sequence[SlotRows], forms:
 
 
 def router_hook(module: nn.Module, path: str, parts: Sequence[SlotRows], forms: Mapping[int, AdapterForms]) -> Hook:
-    """A forward hook for one router, whose `weight` is [experts, hidden_size]. `path`: of the module."""
+    """A forward hook for one router, whose `weight` is [experts, hidden_size].
+
+    It also routes again, few rows padded, the rows of adapters that change only the experts: so that their bits do not
+    depend on the number of rows either.
+
+    Args:
+        path: of the module.
+    """
     bare: Any = copy.copy(module)  # the model's own routing, without the hook that is to call it
     bare._forward_hooks, bare._forward_hooks_with_kwargs, bare._forward_pre_hooks = {}, {}, {}
     base = module.get_parameter("weight")
+    block = f"{path.rpartition('.')[0]}."
     own = [
-        (row_index(part.rows, base.device), deltas["weight"])
+        (row_index(part.rows, base.device), deltas_at(forms[part.slot], path).get("weight"))
         for part in parts
-        if (deltas := deltas_at(forms[part.slot], path))
+        if any(name.startswith(block) for name in forms[part.slot].experts)
     ]
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -75,7 +83,7 @@ def router_hook(module: nn.Module, path: str, parts: Sequence[SlotRows], forms: 
         x = x.reshape(-1, x.shape[-1])
         results = output if isinstance(output, tuple) else (output,)
         for rows, delta in own:
-            weight = (base + delta.up[0] @ delta.down[0]).to(base.dtype)
+            weight = base if delta is None else (base + delta.up[0] @ delta.down[0]).to(base.dtype)
             inputs = x[rows]
             again = torch.func.functional_call(bare, {"weight": weight}, (_padded(inputs),))
             for result, new in zip(results, again if isinstance(again, tuple) else (again,), strict=True):
@@ -113,8 +121,9 @@ class _AdaptedRows:
         inputs = x[self.rows[pairs // num_chosen]]
         sums = torch.cat([self._expert(inputs, own) for own in _by_expert(groups)]) if groups else inputs[:0]
         own_weights = weights.reshape(-1, num_chosen)[self.rows].reshape(-1)[pairs[: len(sums)], None]
-        terms = sums.new_zeros(len(pairs), x.shape[-1])
-        terms[pairs[: len(sums)]] = sums * own_weights
+        weighted = sums * own_weights
+        terms = weighted.new_zeros(len(pairs), x.shape[-1])
+        terms[pairs[: len(sums)]] = weighted
         terms = terms.view(len(self.rows), num_chosen, -1)
         total = terms[:, 0]
         for index in range(1, num_chosen):  # in this order whatever the number of rows

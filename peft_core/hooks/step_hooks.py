@@ -55,16 +55,26 @@ class StepHooks:
             module, row_dim = self._modules[path], self._spec.norms[path].row_dim
             self._handles.append(module.register_forward_hook(norm_hook(module, path, row_dim, parts, forms)))
         self._install_embeddings(parts, forms)
-        for path in sorted({parameter.rpartition(".")[0] for parameter in _paths(forms, "experts")}):
-            module, is_router = self._modules[path], f"{path}.weight" in self._spec.expert_parameters
-            hook = (router_hook if is_router else experts_hook)(module, path, parts, forms)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._install_experts(parts, forms)
         for path in _paths(forms, "bottlenecks"):
             products = partial(add_products, self._groups[path])
             hooks = BlockHooks(path, parts, forms, products, num_rows, self._residency.elements)
             norm = self._modules[self._spec.blocks[path].norm]
             self._handles.append(norm.register_forward_pre_hook(hooks.keep_residual))
             self._handles.append(self._modules[path].register_forward_hook(hooks.after))
+
+    def _install_experts(self, parts: Sequence[SlotRows], forms: Mapping[int, AdapterForms]) -> None:
+        """At every block that an adapter changes: the experts, if it changes them, and the router."""
+        changed = {name.rpartition(".")[0] for name in _paths(forms, "experts")}
+        blocks = {path.rpartition(".")[0] for path in changed}
+        for name, shape in self._spec.expert_parameters.items():
+            path = name.rpartition(".")[0]
+            is_router = len(shape) == 2
+            if path.rpartition(".")[0] not in blocks or not (is_router or path in changed):
+                continue
+            changed.discard(path)  # experts have several parameters
+            hook = (router_hook if is_router else experts_hook)(self._modules[path], path, parts, forms)
+            self._handles.append(self._modules[path].register_forward_hook(hook, with_kwargs=True))
 
     def _install_embeddings(self, parts: Sequence[SlotRows], forms: Mapping[int, AdapterForms]) -> None:
         paths = set(_paths(forms, "embeddings"))

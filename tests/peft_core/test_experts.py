@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from peft_core.batch import SlotRows
 from peft_core.forms import AdapterForms, ExpertDelta
 from peft_core.hooks.experts import deltas_at, experts_hook, router_hook
 from peft_core.spec import BaseModelSpec
+from tests.tiny_engine import Ask, TinyEngine
 from tests.tiny_models import HIDDEN, make_model, random_prompt
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
@@ -179,3 +181,27 @@ def test_only_the_module_s_own_parameters_are_its_deltas() -> None:
     assert set(deltas_at(forms, "model.layers.0.mlp.experts")) == {"gate_up_proj", "down_proj"}
     assert set(deltas_at(forms, "model.layers.0.mlp.gate")) == {"weight"}
     assert not deltas_at(forms, "model.layers.0.mlp")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_s_row_has_the_same_bits_in_any_company_of_an_engine(dtype: str, tmp_path: Path) -> None:
+    """Also where only the experts are changed: the router sees few rows padded as well."""
+    engine = TinyEngine(
+        mixture("qwen3_moe"),
+        tmp_path,
+        dtype=dtype,
+        chunk_size=16,
+        max_num_batched_tokens=64,
+        enable_prefix_caching=False,
+    )
+    forms = {"both": random_experts("qwen3_moe", seed=1), "experts": random_experts("qwen3_moe", seed=2, only="proj")}
+    tickets = {name: engine.add_forms(name, one) for name, one in forms.items()}
+    mine = [Ask(name, random_prompt(21, seed=7), ticket) for name, ticket in tickets.items()]
+    alone = {ask.name: engine.run([ask])[ask.name] for ask in mine}
+    owners = [None, *tickets.values()]
+    crowd = [Ask(f"n{index}", random_prompt(3 + 5 * index, seed=index), owners[index % 3]) for index in range(8)]
+    answers = engine.run([*crowd, *mine], stagger_steps=1)
+    for name in forms:
+        assert answers[name].tokens == alone[name].tokens
+        assert np.array_equal(answers[name].logprobs, alone[name].logprobs)
+    assert not np.array_equal(alone["both"].logprobs, alone["experts"].logprobs)
