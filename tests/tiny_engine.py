@@ -121,10 +121,13 @@ class TinyEngine:
 
     def add(self, name: str, adapter: Path) -> AdapterTicket:
         """Decode and pack an adapter directory, as the loader does."""
+        return self.add_forms(name, self.decode(adapter))
+
+    def decode(self, adapter: Path) -> AdapterForms:
         config = json.loads((adapter / "adapter_config.json").read_text())
         weights = next(adapter / name for name in WEIGHT_FILES if (adapter / name).exists())
         tensors = MemoryTensors(load_file(str(weights)))
-        return self.add_forms(name, decode(config, tensors, self.spec, self.base).forms)
+        return decode(config, tensors, self.spec, self.base).forms
 
     def add_forms(self, name: str, forms: AdapterForms) -> AdapterTicket:
         """Pack forms that no file was decoded for."""
