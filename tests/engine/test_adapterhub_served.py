@@ -57,3 +57,16 @@ def test_what_the_library_writes_is_converted_and_served(tmp_path: Path) -> None
     golden = read_golden("qwen2", "seq_bn")
     answers = engine.run([Ask("converted", golden.prompt, ticket, num_tokens=len(golden.answer))])
     assert_is_the_library_s(golden, answers["converted"])
+
+
+def test_a_second_wave_finds_cached_blocks_and_answers_the_same(tmp_path: Path) -> None:
+    """Blocks with a prefix in them belong to its adapter alone; Mistral's window ends inside the sequences."""
+    engine = TinyEngine(golden_model("mistral"), tmp_path, chunk_size=16)
+    goldens = goldens_of("mistral")
+    tickets = {golden.name: add(engine, golden) for golden in goldens}
+    for wave in range(2):
+        asks = [Ask(one.name, one.prompt, tickets[one.name], num_tokens=len(one.answer)) for one in goldens]
+        answers = engine.run(asks)
+        for golden in goldens:
+            assert_is_the_library_s(golden, answers[golden.name])
+        assert (answers["prefix"].num_cached_tokens > 0) == bool(wave)
