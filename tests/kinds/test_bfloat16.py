@@ -10,6 +10,7 @@ import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def answered(directory: Path) -> tuple[Served, dict[str, Ask], dict[str, Answer]]:
     model = make_model("llama", seed=1).to(torch.bfloat16)
-    dtypes = {"dtype": "bfloat16", "adapter_dtype": "float32"}
+    dtypes: dict[str, Any] = {"dtype": "bfloat16", "adapter_dtype": "float32"}
     served = serve_every_kind("llama", directory, model=model, chunk_size=16, **dtypes)
     asks = {kind: served.ask(kind, prompt_for(kind, PROMPT_LENGTH, seed=index), name=kind)
             for index, kind in enumerate(served.tickets)}  # fmt: skip

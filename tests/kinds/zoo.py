@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny_models import all_targets, attention_targets, wrap
 
-CAUSAL = {"task_type": "CAUSAL_LM"}
+CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 NUM_VIRTUAL = 5
 INVOCATION = [17, 4, 99]
 WEAKER = {"randlora": 0.05}  # sums of so many matrices that rounding alone would be seen
@@ -30,7 +30,7 @@ ConfigOf = Callable[[PreTrainedModel, str], Any]  # (model, architecture) -> Pef
 
 def _lora(**values: Any) -> ConfigOf:
     def config(model: PreTrainedModel, arch: str) -> Any:
-        given = {"r": 4, "lora_alpha": 8, "target_modules": all_targets(arch), **CAUSAL, **values}
+        given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": all_targets(arch), **CAUSAL, **values}
         return peft.LoraConfig(**{key: value(model) if callable(value) else value for key, value in given.items()})
 
     return config
@@ -91,12 +91,16 @@ def norm_suffixes(model: PreTrainedModel) -> list[str]:
 
 def embedding_suffix(model: PreTrainedModel) -> str:
     table = model.get_input_embeddings()
-    return next(path for path, module in model.named_modules() if module is table).rpartition(".")[2]
+    return _suffix_of(model, table)
 
 
 def head_suffix(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
-    return next(path for path, module in model.named_modules() if module is head).rpartition(".")[2]
+    return _suffix_of(model, head)
+
+
+def _suffix_of(model: PreTrainedModel, wanted: Any) -> str:
+    return next(str(path) for path, module in model.named_modules() if module is wanted).rpartition(".")[2]
 
 
 KINDS: Mapping[str, ConfigOf] = {

@@ -36,8 +36,18 @@ class CountingKernels:
         y += 1
 
 
-def base(x: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(x)
+class ZeroProduct:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def weight(self, member: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def bias(self, member: int) -> torch.Tensor | None:
+        return None
+
+
+base = ZeroProduct()
 
 
 def batch() -> AdapterBatch:
