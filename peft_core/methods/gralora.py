@@ -10,7 +10,8 @@
         y[q] += scaling * sum_n B[q][n * s : (n + 1) * s]^T h[n][q * s : (q + 1) * s],  scaling = alpha / (r + hybrid_r)
         y    += scaling * B_general (A_general x)
 
-All in all one low-rank addition of rank k * r + hybrid_r, most of whose values are 0.
+All in all one low-rank addition of rank k * r + hybrid_r, most of whose values are 0; or the whole matrix where that is
+smaller.
 
 Running example: k = 2, r = 32, hybrid_r = 0 -> rank 64
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from peft_core.errors import MalformedAdapter
-from peft_core.forms import LinearDelta
+from peft_core.forms import LinearDelta, SiteChange
 from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.site_tensors import shape_of
@@ -31,7 +32,7 @@ from peft_core.methods.tensors import Header
 from peft_core.methods.tuner_checks import whole_number
 from peft_core.methods.tuner_config import read_tuner_config
 from peft_core.methods.tuner_file import require_all, sort_tuner_file
-from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan
+from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan, served_rank
 from peft_core.spec import BaseModelSpec, Site
 
 KIND = "GRALORA"
@@ -78,16 +79,18 @@ def plan_gralora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec)
         if hybrid:
             shape_of(header, names[GENERAL[0]], site, (hybrid, "in"))
             shape_of(header, names[GENERAL[1]], site, ("out", hybrid))
-        return MatchedSite(site.path, blocks * rank + hybrid, alpha / (rank + hybrid))
+        return MatchedSite(site.path, served_rank(site, blocks * rank + hybrid), alpha / (rank + hybrid))
 
     draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random=starts_random)
-    return draft.plan(match, _factors)
+    return draft.plan(match, _change)
 
 
-def _factors(data: SiteData) -> LinearDelta:
+def _change(data: SiteData) -> LinearDelta | SiteChange:
     inputs, outputs = (data.own[suffix] for suffix in BLOCKS)
     blocks, _, rank = inputs.shape
     share = rank // blocks
+    if data.matched.rank == 0:
+        return SiteChange(dense=_matrix(data, inputs, outputs, share) * data.matched.scaling)
     down = torch.block_diag(*inputs.transpose(1, 2))  # [k * r, in], block n reads block n of the inputs
     up = torch.zeros(blocks, outputs.shape[2], blocks, blocks, share)  # [q, out / k, n, q, s]
     for q, block in enumerate(outputs):
@@ -97,3 +100,14 @@ def _factors(data: SiteData) -> LinearDelta:
         down = torch.cat([down, data.own[GENERAL[0]]])
         up = torch.cat([up, data.own[GENERAL[1]]], dim=1)
     return LinearDelta(down=down, up=up * data.matched.scaling)
+
+
+def _matrix(data: SiteData, inputs: torch.Tensor, outputs: torch.Tensor, share: int) -> torch.Tensor:
+    """The whole matrix before its scaling.  # [out, in]"""
+    blocks = len(inputs)
+    down = inputs.unflatten(2, (blocks, share))  # [n, in / k, q, s]
+    up = outputs.unflatten(1, (blocks, share))  # [q, n, s, out / k]
+    matrix = torch.einsum("niqs,qnso->qoni", down, up).reshape(data.site.out_features, data.site.in_features)
+    if GENERAL[0] in data.own:
+        matrix = matrix + data.own[GENERAL[1]] @ data.own[GENERAL[0]]
+    return matrix

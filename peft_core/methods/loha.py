@@ -7,6 +7,7 @@
         y += scaling * ((w1_a w1_b) * (w2_a w2_b)) x,   scaling = alpha / r
 
 The product of a sum of r and a sum of r terms is a sum of r * r terms, each of rank 1: exactly a low-rank addition.
+Where its factors would be larger than the whole matrix, it is the matrix.
 
 Running example: r = 8 on 4096 x 4096 -> rank 64
     down[8 * i + j] = w1_b[i] * w2_b[j],   up[:, 8 * i + j] = scaling * w1_a[:, i] * w2_a[:, j]
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft_core.forms import LinearDelta
+from peft_core.forms import LinearDelta, SiteChange
 from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.site_tensors import shape_of
@@ -25,7 +26,7 @@ from peft_core.methods.tensors import Header
 from peft_core.methods.tuner_checks import require_rank
 from peft_core.methods.tuner_config import read_tuner_config
 from peft_core.methods.tuner_file import require_all, sort_tuner_file
-from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan
+from peft_core.methods.tuner_plan import Names, SiteData, TunerDraft, TunerPlan, served_rank
 from peft_core.spec import BaseModelSpec, Site
 
 KIND = "LOHA"
@@ -62,14 +63,17 @@ def plan_loha(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
         shape_of(header, names["hada_w2_a"], site, ("out", r))
         shape_of(header, names["hada_w2_b"], site, (r, "in"))
         require_rank(tuner, site.path, names["hada_w1_a"], r, default_rank)
-        return MatchedSite(site.path, r * r, tuner.alpha(site.path, default_alpha) / r)
+        return MatchedSite(site.path, served_rank(site, r * r), tuner.alpha(site.path, default_alpha) / r)
 
     draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random=starts_random)
-    return draft.plan(match, _factors)
+    return draft.plan(match, _change)
 
 
-def _factors(data: SiteData) -> LinearDelta:
+def _change(data: SiteData) -> LinearDelta | SiteChange:
     own, site = data.own, data.site
+    if data.matched.rank == 0:  # many more terms than the matrix has rows
+        first, second = own["hada_w1_a"] @ own["hada_w1_b"], own["hada_w2_a"] @ own["hada_w2_b"]
+        return SiteChange(dense=first * second * data.matched.scaling)
     down = own["hada_w1_b"][:, None, :] * own["hada_w2_b"][None, :, :]  # [r, r, in]
     up = own["hada_w1_a"][:, :, None] * own["hada_w2_a"][:, None, :]  # [out, r, r]
     up = up.reshape(site.out_features, -1) * data.matched.scaling

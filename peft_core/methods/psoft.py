@@ -41,6 +41,7 @@ from peft_core.spec import BaseModelSpec, Site
 KIND = "PSOFT"
 MATRIX, BEFORE, AFTER = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
 _DEFAULT_RANK, _DEFAULT_TERMS, _DEFAULT_STEPS = 32, 5, 10
+_MAX_TERMS, _MAX_STEPS = 64, 100
 _SIGNS = (
     "PSOFT stores no singular vectors. Their signs are taken from this machine's linear algebra, as in PEFT; "
     "compare an answer with the training program's."
@@ -155,6 +156,8 @@ def _read_turn(ledger: ConfigLedger) -> _Turn:
     is_orthogonal = ledger.use_flag("psoft_orth", default=True)
     is_series = ledger.use_flag("use_cayley_neumann")
     num_terms = ledger.use_count("num_cayley_neumann_terms") or _DEFAULT_TERMS
+    if num_terms > _MAX_TERMS:
+        refuse("num_cayley_neumann_terms", num_terms, f"at most {_MAX_TERMS} are computed. Train with fewer.")
     largest = ledger.use_number("cayley_neumann_eps", 0.0)
     return _Turn(is_orthogonal, num_terms if is_series else None, largest or None)
 
@@ -168,7 +171,7 @@ def _read_decomposition(ledger: ConfigLedger) -> _Decomposition:
         refuse("ab_svd_init", start, 'known here: "psoft_init" and "pissa_init". Train with one of them.')
     return _Decomposition(
         is_full=method == "full",
-        num_steps=whole_number(ledger, "psoft_svd_lowrank_niter", _DEFAULT_STEPS),
+        num_steps=whole_number(ledger, "psoft_svd_lowrank_niter", _DEFAULT_STEPS, _MAX_STEPS + 1),
         seed=whole_number(ledger, "random_seed", 0),
         is_even=start == "pissa_init",
     )

@@ -44,6 +44,7 @@ PROJECTION = "tinylora_P"
 VECTOR = "tinylora_v"
 _DEFAULT_RANK, _DEFAULT_LENGTH, _DEFAULT_SEED = 2, 64, 42
 _KINDS: tuple[SiteKind, ...] = ("linear", "head", "embedding")
+_MAX_DRAWN = 2**26  # values of one module
 _IRRELEVANT: Mapping[str, str] = {
     "init_v_bound": "only says how training began",
     "save_projection": "the file itself tells",
@@ -78,6 +79,13 @@ def plan_tinylora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
             _require_token_table(site, names[FACTORS[0]], spec)
         shape_of(header, names[FACTORS[0]], site, (own_rank, "out" if is_embedding else "in"))
         shape_of(header, names[FACTORS[1]], site, ("in" if is_embedding else "out", own_rank))
+        if PROJECTION not in names and length * own_rank * own_rank > _MAX_DRAWN:
+            raise UnsupportedAdapter(
+                f'field "u" = {length}: random matrices of {length} x {own_rank} x {own_rank} values are too large to '
+                "be drawn again. Save the adapter with save_projection=True.",
+                field="u",
+                value=length,
+            )
         if PROJECTION in names:
             shape_of(header, names[PROJECTION], site, (length, own_rank, own_rank))
         vector = groups.get(site.path, "")

@@ -32,6 +32,9 @@ from peft_core.methods.tuner_config import TunerConfig, some
 from peft_core.methods.tuner_file import TunerFile, require_site
 from peft_core.spec import BaseModelSpec, Site, SiteKind
 
+_MAX_FACTOR_VALUES = 2**26  # of one module, before they are multiplied ...
+_MAX_FACTOR_SHARE = 4  # ... or so many times the values of the whole matrix, whichever is more
+
 Names = Mapping[str, str]  # suffix -> tensor name
 Change = LinearDelta | SiteChange | tuple[SiteChange, LinearDelta] | EmbeddingChange
 AnyChange = TypeVar("AnyChange", SiteChange, EmbeddingChange)
@@ -255,16 +258,31 @@ class TunerDraft:
         return tuple(told)
 
 
-def _smallest(found: Collection[MatchedSite], spec: BaseModelSpec) -> tuple[MatchedSite, ...]:
-    """Rank 0, which is dense, where the whole matrix is smaller than its factors."""
-    return tuple(replace(site, rank=0) if _is_wide(site, spec) else site for site in found)
-
-
-def _is_wide(matched: MatchedSite, spec: BaseModelSpec) -> bool:
-    site = spec.sites[matched.path]
+def served_rank(site: Site, rank: int) -> int:
+    """The rank, or 0 where the whole matrix is smaller than factors of this rank."""
     if site.kind == "embedding":
-        return False
-    return matched.rank * (site.in_features + site.out_features) > site.in_features * site.out_features
+        return rank
+    return 0 if rank * (site.in_features + site.out_features) > site.in_features * site.out_features else rank
+
+
+def _smallest(found: Collection[MatchedSite], spec: BaseModelSpec) -> tuple[MatchedSite, ...]:
+    """Rank 0, which is dense, where the whole matrix is smaller than its factors.
+
+    Raises:
+        UnsupportedAdapter: the factors are so much larger that they could not even be multiplied here.
+    """
+    for matched in found:
+        site = spec.sites[matched.path]
+        size = matched.rank * (site.in_features + site.out_features)
+        if size > max(_MAX_FACTOR_VALUES, _MAX_FACTOR_SHARE * site.in_features * site.out_features):
+            raise UnsupportedAdapter(
+                f'a rank of {matched.rank} on "{matched.path}", which has {site.in_features} inputs and '
+                f"{site.out_features} outputs, is not served: the factors would be much larger than the whole matrix. "
+                "Train with a smaller rank.",
+                field="r",
+                value=matched.rank,
+            )
+    return tuple(replace(matched, rank=served_rank(spec.sites[matched.path], matched.rank)) for matched in found)
 
 
 def _finite(values: torch.Tensor, name: str) -> torch.Tensor:

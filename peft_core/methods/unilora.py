@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peft_core.errors import MalformedAdapter
+from peft_core.errors import MalformedAdapter, UnsupportedAdapter
 from peft_core.forms import LinearDelta
 from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import MatchedSite
@@ -42,6 +42,7 @@ THETA = "unilora_theta_d"
 INDICES = ("unilora_indices_A", "unilora_indices_B")
 SCALES = ("unilora_scales_A", "unilora_scales_B")
 _DEFAULT_RANK, _DEFAULT_SEED, _DEFAULT_LENGTH = 4, 42, 256
+_MAX_PLACES = 2**28  # 2 GiB of indices
 _IRRELEVANT: Mapping[str, str] = {
     "init_theta_d_bound": "only says how training began",
     "init_weights": "only says how training began",
@@ -112,6 +113,13 @@ def _places(paths: Collection[str], rank: int, spec: BaseModelSpec) -> dict[str,
     """From which place to which each module takes its values, A before B."""
     sizes = [rank * (spec.sites[path].in_features + spec.sites[path].out_features) for path in paths]
     ends = list(accumulate(sizes))
+    if ends[-1] > _MAX_PLACES:
+        raise UnsupportedAdapter(
+            f'field "r" = {rank} makes {ends[-1]} values of {len(ends)} modules; at most {_MAX_PLACES} are drawn. '
+            "Train with a smaller rank, or on fewer modules.",
+            field="r",
+            value=rank,
+        )
     return {path: (end - size, end) for path, size, end in zip(paths, sizes, ends, strict=True)}
 
 

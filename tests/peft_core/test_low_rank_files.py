@@ -65,6 +65,8 @@ def test_no_data_is_read_for_a_report(name: str, tmp_path: Path) -> None:
     assert decoded.report == report
     assert {site.path for site in report.sites} >= set(decoded.forms.linear)
     for site in report.sites:
+        if site.path in decoded.forms.embeddings:
+            continue
         assert (site.path in decoded.forms.linear) == (site.rank > 0)
         if site.rank:
             assert decoded.forms.linear[site.path].rank == site.rank

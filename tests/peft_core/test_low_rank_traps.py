@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from peft_core.methods import check, decode
 from peft_core.methods.decompositions import decomposition_warnings
 from peft_core.methods.report import Decoded
 from tests.peft_core.adapter_files import (
+    Entry,
     LoadedTensors,
     load_adapter,
     logits_of,
@@ -196,6 +198,10 @@ def test_miss_of_the_former_name_is_read(tmp_path: Path) -> None:
         ("loha", "rank_pattern", {"q_proj": 5}),
         ("delora", "alpha_pattern", {"q_proj": 5}),
         ("hra", "apply_GS", "yes"),
+        ("psoft, series", "num_cayley_neumann_terms", 10**9),
+        ("psoft, randomised", "psoft_svd_lowrank_niter", 10**9),
+        ("unilora", "r", 10**9),
+        ("vera, drawn", "r", 10**9),
     ],
 )
 def test_a_value_that_cannot_be_is_told(name: str, field: str, value: object, tmp_path: Path) -> None:
@@ -224,6 +230,28 @@ def test_reflections_of_equal_pairs_cancel(tmp_path: Path) -> None:
     directory = make_sample(SAMPLES["hra"]._replace(spread=0.0), "llama", tmp_path)
     base = logits_of(shared_model("llama"), PROMPT)
     assert difference(decoded(directory, "llama"), base) < 5e-5
+
+
+def huge(tensors: dict[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+    """The header with other shapes by the end of a name; such tensors need not exist to be refused."""
+    header = LoadedTensors(tensors).header
+    for name, entry in header.items():
+        shape = next((shape for ending, shape in shapes.items() if name.endswith(ending)), entry.shape)
+        header[name] = Entry(entry.dtype, shape)
+    return header
+
+
+def test_factors_that_outgrow_the_matrix_beyond_measure_are_refused(tmp_path: Path) -> None:
+    config, tensors = sample("vera", tmp_path / "vera", target_modules=["q_proj"])
+    rank = 2**24
+    shapes = {"lambda_d": (rank,), "vera_A": (rank, 64), "vera_B": (64, rank)}
+    with pytest.raises(UnsupportedAdapter, match="smaller rank") as refusal:
+        check(config | {"r": rank}, huge(tensors, shapes), shared_spec("llama"))
+    assert refusal.value.field == "r"
+    config, tensors = sample("tinylora, drawn", tmp_path / "tinylora")
+    names = {name: (2**25,) for name in tensors if ".tinylora_v." in name}
+    with pytest.raises(UnsupportedAdapter, match="save_projection=True"):
+        check(config | {"u": 2**25}, huge(tensors, names), shared_spec("llama"))
 
 
 def test_an_absurd_rank_is_a_matrix_and_counts_as_one(tmp_path: Path) -> None:
