@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from peft_core.errors import AdapterError, BaseMismatch, MalformedAdapter, UnsupportedAdapter
-from peft_core.forms import AdapterForms
+from peft_core.forms import AdapterForms, KVPrefix
 from peft_core.methods import DecodeReport, check, decode
 from peft_core.spec import BaseModelSpec
 from peft_core.traits import traits_of
@@ -165,6 +165,28 @@ def test_replaced_modules_bear_one_prefix_only_and_act_on_virtual_tokens_too(
     with applied(model, forms, spec_of(arch)):
         assert difference(plain_logits(model, forms, PROMPT, ANSWER), theirs) <= 1e-4
     assert difference(plain_logits(model, forms, PROMPT, ANSWER), theirs) > 0.05
+
+
+def test_keys_of_virtual_tokens_are_made_by_the_replaced_modules(tmp_path: Path) -> None:
+    """Negative control: made once by the plain base and kept, as a server may be tempted to, they are others."""
+    model = shared_model("llama")
+    path = make_prompt_adapter("prompt", model, tmp_path / "a", num_tokens=P, modules_to_save=["layernorm"])
+    forms = forms_of("llama", *load_adapter(path))
+    theirs = oracle_logits(load_oracle(model, path), "prompt", P, PROMPT, ANSWER)
+    assert forms.virtual is not None
+    differences = {}
+    for maker in ("plain", "replaced"):
+        with applied(model, forms if maker == "replaced" else AdapterForms(), spec_of("llama")), torch.inference_mode():
+            made = model(inputs_embeds=forms.virtual.rows, use_cache=True).past_key_values
+        keys, values = (
+            torch.stack([getattr(layer, name)[0].transpose(0, 1) for layer in made.layers])
+            for name in ("keys", "values")
+        )
+        with applied(model, forms, spec_of("llama")):
+            kept = AdapterForms(prefix=KVPrefix(keys, values, P))
+            differences[maker] = difference(plain_logits(model, kept, PROMPT, ANSWER), theirs)
+    assert differences["replaced"] <= 1e-4
+    assert differences["plain"] > 0.05
 
 
 def test_two_prefixes_are_another_module(prompt: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> None:
