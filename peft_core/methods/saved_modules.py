@@ -140,7 +140,7 @@ class SavedModules:
         """What modules_to_save means must be in the file: PEFT cannot load the adapter otherwise."""
         for path, parameter in _listed(config, spec):
             stored = self.weights if parameter == "weight" else self.biases
-            if path in stored or vocabulary.twin(path) in stored:
+            if path in stored or (config.ties_weights and vocabulary.twin(path) in stored):
                 continue
             raise MalformedAdapter(
                 f'field "modules_to_save" means "{path}", but the file has no tensor for its {parameter}. '

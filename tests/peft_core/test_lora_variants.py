@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 from peft_core.errors import AdapterError, BaseMismatch, MalformedAdapter, UnsupportedAdapter
-from peft_core.forms import SiteChange
+from peft_core.forms import AdapterForms, SiteChange
 from tests.peft_core.adapter_files import load_adapter, write_adapter
 from tests.peft_core.lora_samples import (
     assert_equals_peft,
@@ -266,6 +267,31 @@ def test_magnitudes_on_a_zero_row_are_malformed(tmp_path: Path) -> None:
     tensors = {name: v * 0 if ".lora_B." in name else v for name, v in tensors.items()}
     with pytest.raises(MalformedAdapter, match=r"lora_magnitude_vector.*not a number"):
         decoded(model, write_adapter(tmp_path / "b", config, tensors))
+
+
+def test_names_that_keep_default_are_read_at_every_part(tmp_path: Path) -> None:
+    model = tiny_base("llama")
+    options: dict[str, Any] = {"use_dora": True, "modules_to_save": ["model.norm"]}
+    saved = make_lora(model, tmp_path / "a", targets=["q_proj", "embed_tokens", "lm_head"], **options)
+    config, tensors = load_adapter(saved)
+
+    def renamed(name: str) -> str:
+        for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
+            name = re.sub(rf"\.{part}(?=\.|$)", f".{part}.default", name)
+        return name
+
+    named = {renamed(name): value for name, value in tensors.items()}
+    assert sum("default" in name for name in named) == 5 * 3
+    assert_same(decoded(model, saved).forms, decoded(model, write_adapter(tmp_path / "b", config, named)).forms)
+
+
+def assert_same(first: AdapterForms, second: AdapterForms) -> None:
+    for part in ("linear", "changes", "embeddings", "norms"):
+        one, other = getattr(first, part), getattr(second, part)
+        assert one.keys() == other.keys()
+        for path in one:
+            values = [(getattr(one[path], f.name), getattr(other[path], f.name)) for f in fields(one[path])]
+            assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in values)
 
 
 def test_adapters_that_kept_their_own_name_are_told(tmp_path: Path) -> None:

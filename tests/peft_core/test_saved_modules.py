@@ -255,6 +255,15 @@ def test_a_listed_module_without_tensors_is_malformed(tmp_path: Path) -> None:
     assert any("v_head" in warning for warning in report.warnings)
 
 
+def test_a_head_that_is_listed_and_lacking_is_malformed_where_it_is_tied_too(tmp_path: Path) -> None:
+    model = tiny_base("qwen2", tied=True)
+    names = ["embed_tokens", "lm_head"]
+    config, tensors = load_adapter(make_lora(model, tmp_path / "a", targets=["q_proj"], modules_to_save=names))
+    del tensors[f"{PREFIX}lm_head.weight"]
+    with pytest.raises(MalformedAdapter, match=r'modules_to_save" means "lm_head"'):
+        decoded(model, write_adapter(tmp_path / "b", config, tensors))
+
+
 def test_a_replacement_equal_to_the_base_changes_nothing(tmp_path: Path) -> None:
     model = tiny_base("llama")
     config, tensors = load_adapter(make_lora(model, tmp_path / "a", targets=["q_proj"]))
