@@ -17,7 +17,7 @@ from typing import Any
 
 from peft_core.forms import SiteChange
 from peft_core.methods.ledger import ConfigLedger
-from peft_core.methods.refusals import contradiction
+from peft_core.methods.refusals import contradiction, refuse_embeddings
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.site_tensors import shape_of
 from peft_core.methods.targets import first_match, require_endings
@@ -46,6 +46,7 @@ def plan_hira(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
     starts_random = config.get("init_weights", True) in (False, None)
     ledger.set_aside({"init_weights": "only says how training began", "hira_dropout": "dropout is off at inference"})
     ledger.close()
+    refuse_embeddings(header, "hira_embedding_", KIND)
     file = sort_tuner_file(header, spec, suffixes=_SUFFIXES)
 
     def match(site: Site, names: Names) -> MatchedSite:

@@ -25,7 +25,7 @@ from typing import Any
 from peft_core.errors import MalformedAdapter
 from peft_core.forms import SiteChange
 from peft_core.methods.ledger import ConfigLedger, refuse
-from peft_core.methods.refusals import contradiction, refuse_conv1d
+from peft_core.methods.refusals import contradiction, refuse_conv1d, refuse_embeddings
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.rotations import cayley, cayley_neumann, shortened, skew_from_upper
 from peft_core.methods.site_tensors import shape_of
@@ -84,6 +84,7 @@ def plan_oft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> 
     ledger.set_aside({"module_dropout": "dropout is off at inference"})
     rotation = _read_rotation(ledger)
     ledger.close()
+    refuse_embeddings(header, "oft_embedding_R", KIND)
     file = sort_tuner_file(header, spec, suffixes=(_SUFFIX,))
 
     def match(site: Site, names: Names) -> MatchedSite:

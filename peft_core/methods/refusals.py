@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter, shown
 from peft_core.methods.site_tensors import Side
+from peft_core.methods.tensors import Header
 from peft_core.spec import Site
 
 
@@ -19,6 +20,21 @@ def refuse_conv1d(site: Site, names: Mapping[str, str], kind: str) -> None:
         "only. Use the base that the adapter was trained on.",
         tensor=name,
     )
+
+
+def refuse_embeddings(header: Header, part: str, kind: str) -> None:
+    """Raises UnsupportedAdapter for a tensor that changes an embedding, for a kind that is served on linears only.
+
+    Args:
+        part: how PEFT names such a tensor, without what follows: "oft_embedding_R".
+    """
+    for name in header:
+        if f".{part}" in name:
+            raise UnsupportedAdapter(
+                f'tensor "{name}" changes an embedding, on which {kind} is not served. '
+                "Train without the embedding in target_modules.",
+                tensor=name,
+            )
 
 
 def contradiction(name: str, says: str, field: str, value: object) -> MalformedAdapter:

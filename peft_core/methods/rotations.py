@@ -64,6 +64,8 @@ def butterfly(factors: torch.Tensor) -> torch.Tensor:
         [blocks / 2^(num_factors - 1), size * 2^(num_factors - 1), the same]
     """
     num_factors, _, size, _ = factors.shape
+    if num_factors == 1:
+        return factors[0]
     spread = 2 ** (num_factors - 1)
     product = torch.eye(size * spread)
     for index, factor in enumerate(factors):

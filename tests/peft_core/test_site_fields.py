@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from peft_core.errors import AdapterError
-from tests.peft_core.spoilt import ONE_A_KIND, spoilt
+from tests.peft_core.adapter_files import load_adapter
+from tests.peft_core.site_samples import SAMPLES
+from tests.peft_core.spoilt import ONE_A_KIND, Spoilt, spoilt
+from tests.peft_core.tuner_samples import make_sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
@@ -124,6 +128,14 @@ def test_a_whole_factor_and_its_parts_contradict_each_other() -> None:
     tensor = adapter.first("lokr_w1_a")
     adapter.tensors[tensor.replace("_a", "")] = torch.ones(4, 4)
     assert "as a whole" in str(adapter.refusal())
+
+
+@pytest.mark.parametrize("name", ["oft", "hira"])
+def test_kinds_that_are_not_served_on_embeddings_say_so(name: str, tmp_path: Path) -> None:
+    directory = make_sample(SAMPLES[name], "llama", tmp_path, target_modules=["embed_tokens", "q_proj"])
+    error = Spoilt(*load_adapter(directory)).refusal()
+    assert "embedding" in str(error)
+    assert "embed_tokens" in str(error.tensor)
 
 
 JUNK: tuple[Any, ...] = (
