@@ -71,6 +71,6 @@ def test_absent_means_that_the_library_itself_cannot(kind: str, tmp_path: Path) 
     try:
         oracle = load_oracle(model, make_adapter(kind, model, "gpt2", tmp_path / kind))
         peft_logits(kind, oracle, [2, 3], [4])
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+    except (TypeError, ValueError, RuntimeError):
         return
     assert not load_file(str(tmp_path / kind / "adapter_model.safetensors"))
