@@ -32,6 +32,7 @@ from server.front.generation import AdapterLease, Generation
 from server.front.sequence_text import SequenceText
 from server.front.text import TextDelta, TextRequest
 from server.front.tokenizer import TextTokenizer
+from server.front.vocabularies import Vocabularies
 from server.library.errors import LibraryError
 from server.library.library import Library
 from server.loader.client import LoaderClient
@@ -64,6 +65,7 @@ class Front:
         self.tokenizer = tokenizer
         self.metrics = RequestMetrics(engine.description.max_model_len)
         self._resolver = resolver
+        self._vocabularies = Vocabularies(tokenizer)
         self._max_queued_requests = max_queued_requests
         self._numbers = itertools.count()
         self._closing = AsyncExitStack()
@@ -115,11 +117,12 @@ class Front:
         try:
             traits = AdapterTraits() if lease is None else lease.ticket.traits
             _check_task(request, traits)
-            prompt = await self._prompt_of(request, traits)
+            tokenizer = await self._vocabularies.of(None if lease is None else lease.report)
+            prompt = await self._prompt_of(request, traits, tokenizer)
             params = self._fitting_params(request, len(prompt.token_ids), traits.num_virtual_tokens)
             request = replace(request, params=params)
             self._require_room(request.num_sequences)
-            sequences = self._submit(request, prompt, lease)
+            sequences = self._submit(request, prompt, lease, tokenizer)
         except BaseException:
             if lease is not None:
                 lease.release()
@@ -142,17 +145,17 @@ class Front:
         await self.engine.close()
         await self._closing.aclose()
 
-    async def _prompt_of(self, request: TextRequest, traits: AdapterTraits) -> Prompt:
+    async def _prompt_of(self, request: TextRequest, traits: AdapterTraits, tokenizer: TextTokenizer) -> Prompt:
         if isinstance(request.prompt, str):
             text = request.prompt
-            token_ids = tuple(await self.tokenizer.encode(text, request.add_special_tokens))
+            token_ids = tuple(await tokenizer.encode(text, request.add_special_tokens))
         else:
             token_ids = tuple(request.prompt)
             vocab_size = max(self.engine.description.vocab_size, traits.vocab_size or 0)
             wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
             if wrong is not None:
                 raise InvalidRequest(f"the prompt holds token id {wrong}; the model's ids are 0 to {vocab_size - 1}.")
-            text = self.tokenizer.decode(token_ids) if request.echo else ""
+            text = tokenizer.decode(token_ids) if request.echo else ""
         if request.truncate is not None:
             token_ids = token_ids[-request.truncate :]
         if not token_ids:
@@ -169,7 +172,9 @@ class Front:
             raise PromptTooLong(num_prompt_tokens, wanted, max_model_len, num_virtual)
         return replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
 
-    def _submit(self, request: TextRequest, prompt: Prompt, lease: AdapterLease | None) -> list[SequenceText]:
+    def _submit(
+        self, request: TextRequest, prompt: Prompt, lease: AdapterLease | None, tokenizer: TextTokenizer
+    ) -> list[SequenceText]:
         sequences: list[SequenceText] = []
         name = f"{request.request_id or 'request'}#{next(self._numbers)}"
         try:
@@ -184,7 +189,7 @@ class Front:
                     task_id=request.task_id,
                 )
                 stream = self.engine.submit(asked)
-                sequences.append(SequenceText(request, prompt.token_ids, prompt.text, stream, self.tokenizer, index))
+                sequences.append(SequenceText(request, prompt.token_ids, prompt.text, stream, tokenizer, index))
         except EngineUnavailable as error:
             for sequence in sequences:
                 sequence.stream.leave()

@@ -6,7 +6,7 @@ open -> deltas ... -> finished | aborted | failed, counted once; the lease is gi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from server.engine.metrics import RequestMetrics
@@ -24,6 +24,9 @@ class AdapterLease(Protocol):
 
     @property
     def version(self) -> Any: ...
+
+    @property
+    def report(self) -> Mapping[str, Any]: ...
 
     def release(self) -> None: ...
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from server.front.detokenizer import Detokenizer
 from server.front.errors import CannotStart, InvalidRequest, TemplateFailed
@@ -36,6 +36,15 @@ class TextTokenizer:
     async def load(cls, model: str, revision: str | None = None) -> TextTokenizer:
         """From a directory or a hub id. Raises CannotStart."""
         return await asyncio.to_thread(_load, model, revision)
+
+    def extended(self, tokens: Sequence[tuple[int, str, bool]]) -> TextTokenizer:
+        """This tokenizer with tokens behind its last one: (id, text, whether it is special). Takes a while."""
+        backend = Tokenizer.from_str(self.backend.to_str())
+        for number, text, is_special in tokens:
+            backend.add_tokens([AddedToken(text, special=is_special, normalized=False)])
+            assert backend.token_to_id(text) == number, "the loader takes only tokens that follow the base's"
+        special = frozenset(number for number, _, is_special in tokens if is_special)
+        return TextTokenizer(backend, self.special_ids | special, self._template)
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from adapters_store.images import StoredImage
 from adapters_store.leases import Lease
@@ -27,6 +29,11 @@ class AdapterLease:
     @property
     def version(self) -> AdapterVersion:
         return self._lease.version
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """The load report of the version."""
+        return self._lease.version.content.report
 
     def release(self) -> None:
         self._lease.release()

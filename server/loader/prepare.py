@@ -16,6 +16,7 @@ from peft_core.methods import check, decode
 from peft_core.spec import BaseModelSpec
 from peft_core.traits import traits_of
 from server.loader.adapter_tensors import AdapterTensors
+from server.loader.added_tokens import added_tokens
 from server.loader.base_weights import BaseFiles
 from server.loader.effect import effect_digest
 from server.loader.errors import AdapterRefused
@@ -90,6 +91,10 @@ class Packer:
             "device_dtype": self.target.adapter_dtype,
             "traits": traits_of(forms).to_json(),
         }
+        added = added_tokens(job.files, self.target.base_directory)
+        if added.tokens:
+            told["added_tokens"] = [list(token) for token in added.tokens]
+        told["warnings"] = [*told["warnings"], *added.warnings]
         if changes_nothing(forms):
             told["warnings"] = [*told["warnings"], CHANGES_NOTHING]
         return Prepared(digest, image.num_bytes, _base_model(config), told)

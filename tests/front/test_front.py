@@ -35,6 +35,7 @@ class UnknownAdapter(Exception):
 class Lease:
     ticket: AdapterTicket
     held: list[Lease]
+    report: dict[str, Any] = field(default_factory=dict)
     version: Any = field(default_factory=lambda: SimpleNamespace(name="sql", version=3))
 
     def release(self) -> None:
@@ -50,14 +51,17 @@ class Resolver:
 
     async def resolve(self, reference: str) -> Lease:
         await asyncio.sleep(0)
-        if reference not in ("sql", "broken", "prompted", "tasks"):
+        if reference not in ("sql", "broken", "prompted", "tasks", "wide"):
             raise UnknownAdapter(reference)
         traits = {
             "prompted": AdapterTraits(num_virtual_tokens=10, first_position=10),
+            "wide": AdapterTraits(vocab_size=302),
             "tasks": AdapterTraits(num_virtual_tokens=10, first_position=10, num_tasks=3),
         }.get(reference, AdapterTraits())
         ticket = AdapterTicket(reference, f"{reference}@3", f"/{reference}.img", 10, traits)
         lease = Lease(ticket, self.held)
+        if reference == "wide":
+            lease.report["added_tokens"] = [[300, "<|new|>", True], [301, "<more>", False]]
         self.held.append(lease)
         return lease
 
@@ -367,5 +371,22 @@ def test_virtual_tokens_take_room_and_are_not_counted() -> None:
                 await at.front.open(ask("xxxx", 7, adapter="prompted"))
             with pytest.raises(PromptTooLong, match="at most 9 tokens"):
                 await at.front.open(ask("x" * 10, 1, adapter="prompted"))
+
+    run(scene())
+
+
+def test_an_adapter_with_tokens_of_its_own_reads_and_tells_them() -> None:
+    async def scene() -> None:
+        async with house() as at:
+            _, finish, _ = await answer(at.front, ask("<|new|>A<more>", adapter="wide", num_tokens=2))
+            assert finish.num_prompt_tokens == 3
+            text, _, _ = await answer(at.front, ask("A<more>", 1, adapter="wide", echo=True))
+            assert text.startswith("A<more>")
+            _, finish, _ = await answer(at.front, ask("<|new|>A<more>", num_tokens=2))
+            assert finish.num_prompt_tokens == 14  # letters of the base
+            with pytest.raises(InvalidRequest, match="ids are 0 to 299"):
+                await at.front.open(ask((301,)))
+            with pytest.raises(InvalidRequest, match="ids are 0 to 301"):
+                await at.front.open(ask((302,), adapter="wide"))
 
     run(scene())
