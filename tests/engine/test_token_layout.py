@@ -80,8 +80,8 @@ def test_blocks_before_the_invocation_bear_the_bases_names() -> None:
 
 
 def test_the_same_tokens_bear_another_name_where_the_adapter_begins_elsewhere() -> None:
-    prompt = [9, 8, 9, 8, 1, 2, 3, 4]
-    early = _names(prompt[:2], "one", generated=tuple(prompt[2:]))  # what is generated invokes nothing
+    prompt = [1, 9, 8, 9, 8, 2, 3, 4]  # both begin in the first block of four
+    early = _names(prompt[:3], "one", generated=tuple(prompt[3:]))  # what is generated invokes nothing
     late = _names(prompt, "one")
     assert early[0] != late[0]
 

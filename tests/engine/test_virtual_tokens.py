@@ -153,6 +153,21 @@ def test_what_is_generated_invokes_nothing() -> None:
     assert bench.answers["second"] == expected_tokens(follow_up, 3)
 
 
+def test_a_follow_up_that_invokes_later_in_the_same_block_shares_nothing_of_it() -> None:
+    """The answer repeats the invocation, so that in the next turn the same tokens are the adapter's from later on."""
+    for token in range(1, 64):
+        adapter = ticket("a", invocation_tokens=(token,))
+        first = ask("first", [0, token], adapter, max_new_tokens=6)
+        answer = expected_tokens(first, 6)
+        if token in answer[:2]:
+            break
+    bench = Bench()
+    bench.run(first)
+    follow_up = ask("second", [0, token, *answer], adapter)
+    bench.run(follow_up)
+    assert bench.answers["second"] == expected_tokens(follow_up, 4)
+
+
 def test_an_adapters_larger_vocabulary_is_its_requests_only() -> None:
     bench = Bench()
     bench.engine.submit(ask("a", [69], WIDE, logit_bias=((68, 1.0),), stop_token_ids=(67,)))
