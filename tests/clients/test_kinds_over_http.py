@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.clients.running import RunningServer
 from tests.clients.served_model import VOCAB, ServedModel
+from tests.front.letters import letters
 from tests.kinds.zoo import NUM_VIRTUAL, TASKS, make_adapter, peft_logits
-from tests.tiny_models import load_oracle, make_model
+from tests.tiny_models import load_oracle, make_lora, make_model
 
 PROMPT = "Preheat the oven"
 KINDS = ("dora", "pissa", "ia3", "oft", "lokr", "fourierft", "lora-tables", "prefix", "prompt", "multitask")
@@ -51,6 +52,30 @@ def test_an_uploaded_adapter_answers_as_its_own_library_does(kind: str, server: 
     assert details["prompt_tokens"] == len(prompt)  # virtual tokens are not the caller's
     tokens = [token["id"] for token in details["tokens"]]
     rows = peft_logits(kind, load_oracle(model, directory), prompt, tokens)
+    assert rows.argmax(-1).tolist() == tokens
+
+
+def test_tokens_that_an_adapter_adds_are_read_from_text_and_told_as_text(server: RunningServer, tmp_path: Path) -> None:
+    wide = make_model("llama", seed=1, vocab_size=VOCAB)
+    wide.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    directory = make_lora(wide, tmp_path / "wide", targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    tokenizer = json.loads(letters().to_str())
+    tokenizer["added_tokens"] += [
+        {**tokenizer["added_tokens"][0], "id": VOCAB, "content": "<|call|>"},
+        {**tokenizer["added_tokens"][0], "id": VOCAB + 1, "content": "<more>", "special": False},
+    ]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    uploaded = upload(server, "wide", directory)
+    assert uploaded.status_code == 201, uploaded.text
+    report = uploaded.json()["report"]
+    assert report["traits"]["vocab_size"] == VOCAB + 2
+    assert report["added_tokens"] == [[VOCAB, "<|call|>", True], [VOCAB + 1, "<more>", False]]
+    details = ask(server, "wide", inputs="<|call|>A<more>").json()["details"]
+    prompt = [token["id"] for token in details["prefill"]]
+    assert prompt == [VOCAB, ord("A"), VOCAB + 1]
+    assert [token["text"] for token in details["prefill"]] == ["<|call|>", "A", "<more>"]
+    tokens = [token["id"] for token in details["tokens"]]
+    rows = peft_logits("lora", load_oracle(wide, directory), prompt, tokens)
     assert rows.argmax(-1).tolist() == tokens
 
 
