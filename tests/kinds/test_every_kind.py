@@ -16,7 +16,7 @@ from tests.tiny_models import load_oracle, make_model, random_prompt
 
 QUICK = ("llama", "qwen2", "gpt2")
 ARCHITECTURES = (*QUICK, "qwen3", "mistral", "gemma2", "gemma3", "phi3", "opt", "gpt_neox", "mixtral")
-LENGTHS = (9, 41)
+LENGTHS = {9: 32, 41: 6}  # tokens of the prompt -> of the answer
 
 
 @cache
@@ -24,9 +24,9 @@ def answered(arch: str, directory: Path) -> tuple[Served, dict[str, Ask], dict[s
     """One run an architecture: all kinds and the base share every step."""
     served = serve_every_kind(arch, directory, chunk_size=16)
     asks = [
-        served.ask(kind, prompt_for(kind, length, seed=index))
+        served.ask(kind, prompt_for(kind, length, seed=index), num_tokens=num_tokens)
         for index, kind in enumerate([*served.tickets, "base"])
-        for length in LENGTHS
+        for length, num_tokens in LENGTHS.items()
     ]
     return served, {ask.name: ask for ask in asks}, served.engine.run(asks, stagger_steps=1)
 
