@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from adapters_store.errors import InvalidHeader
 from adapters_store.header import read_header
+from adapters_store.record import StoredFile
 from adapters_store.staging import CONFIG_FILE, HUB_WEIGHTS_FILE, WEIGHTS_FILE, Stage
 from server.loader.errors import AdapterRefused
 
@@ -42,6 +45,15 @@ def _check_header(stage: Stage, path: str) -> None:
         read_header(stage.path_of(path))
     except InvalidHeader as error:
         raise InvalidHeader(f"{path}: {error}", error.tensor) from error
+
+
+def are_intact(places: Mapping[str, Path], files: Iterable[StoredFile]) -> bool:
+    """Whether stored files still are what they were when they were committed. Reads them whole."""
+    for stored in files:
+        with places[stored.path].open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != stored.sha256:
+                return False
+    return True
 
 
 def check_rank(report: Mapping[str, Any], max_rank: int | None) -> None:

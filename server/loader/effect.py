@@ -2,7 +2,7 @@
 
 Taken over the fields of the config that matter, in a canonical form, and over the tensors that matter, by name. The
 order of tensors in the file, metadata, spacing, random order of lists that are sets, and fields that only steer
-training or say who wrote the file do not change it. The order of patterns does: the first that matches wins.
+training or say who wrote the file do not change it. The order of everything else does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from adapters_store.header import TensorEntry
 _NAMES_ONLY = frozenset(
     {"base_model_name_or_path", "task_type"}
 )  # compared in a warning or refused, never computed with
-_ORDERED = frozenset({"rank_pattern", "alpha_pattern"})  # objects in which the first match wins
-_SCHEMA = "effect-1"
+_SETS = frozenset(  # PEFT writes them in random order
+    {
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "feedforward_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    }
+)
+_SCHEMA = "effect-2"
 
 
 class StoredTensors(Protocol):
@@ -49,17 +58,23 @@ def effect_digest(
 
 
 def canonical_config(config: Mapping[str, Any], irrelevant_fields: Collection[str] = ()) -> str:
-    """The fields that matter as one line of JSON. Fields that are absent, null, false or empty are the same."""
+    """The fields that matter as one line of JSON. Fields that are absent, null or empty are the same.
+
+    Whatever may have an order keeps it (the first pattern that matches wins, the i-th row is of the i-th token); only
+    the lists that are known to be sets are sorted.
+    """
     kept = {
-        field: list(value.items()) if field in _ORDERED and isinstance(value, dict) else _without_order(value)
+        field: sorted(value, key=json.dumps) if field in _SETS and isinstance(value, list) else _in_order(value)
         for field, value in config.items()
-        if field not in irrelevant_fields and field not in _NAMES_ONLY and value not in (None, False, "", [], {})
+        if field not in irrelevant_fields and field not in _NAMES_ONLY and value not in (None, "", [], {})
     }
     return json.dumps(kept, sort_keys=True, separators=(",", ":"))
 
 
-def _without_order(value: object) -> object:
-    """Lists of the fields that a decoder uses are sets: module names, layer numbers."""
+def _in_order(value: Any) -> Any:
+    """Objects as lists of pairs, which `sort_keys` leaves alone."""
+    if isinstance(value, dict):
+        return [[key, _in_order(inner)] for key, inner in value.items()]
     if isinstance(value, list):
-        return sorted(value, key=lambda item: json.dumps(item, sort_keys=True))
+        return [_in_order(inner) for inner in value]
     return value

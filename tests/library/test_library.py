@@ -309,3 +309,19 @@ async def test_a_ticket_carries_the_traits_of_its_version_and_old_records_those_
             stored: Any = SimpleNamespace(version=replace(version, content=Content("sha256:e", "base", report=report)))
             image: Any = SimpleNamespace(path=tmp_path, num_bytes=1)
             assert AdapterLease(stored, image).ticket.traits == expected
+
+
+@in_a_loop
+async def test_intact_files_are_packed_again_whatever_a_new_decoder_calls_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_library(tmp_path / "store") as (library, _):
+        await upload(library, "sql", make_files())
+        with await library.resolve("sql") as lease:
+            drop_image(lease)
+    monkeypatch.setattr("server.loader.effect._SCHEMA", "effect-of-tomorrow")
+    async with open_library(tmp_path / "store") as (library, loader):
+        with await library.resolve("sql") as lease:
+            assert len(image_bytes(lease)) > 0
+        assert loader.num_jobs == 1
+        assert library.look_up("sql").state is VersionState.READY

@@ -27,7 +27,7 @@ def test_what_does_not_change_the_outputs_does_not_change_the_effect(path: Path)
     tensors, config = make_tensors(), make_config()
     plain = digest_of(path, tensors, config)
     reordered = dict(reversed(list(config.items()))) | {"target_modules": ["v_proj", "q_proj"]}
-    renamed = config | {"base_model_name_or_path": "/elsewhere", "use_rslora": False, "rank_pattern": {}, "x": None}
+    renamed = config | {"base_model_name_or_path": "/elsewhere", "alpha_pattern": None, "rank_pattern": {}, "x": None}
     assert digest_of(path, dict(reversed(list(tensors.items()))), reordered) == plain
     assert digest_of(path, tensors, renamed) == plain
     assert digest_of(path, tensors, config | {"peft_version": "9"}, irrelevant_fields=["peft_version"]) == plain
@@ -50,9 +50,15 @@ def test_what_changes_the_outputs_changes_the_effect(path: Path) -> None:
         {"use_rslora": True},
         {"target_modules": ["q_proj"]},
         {"alpha_pattern": {"q": 1}},
+        {"alora_invocation_tokens": [1, 2]},
+        {"alora_invocation_tokens": [2, 1]},
+        {"trainable_token_indices": {"wte": [5, 3]}},
+        {"trainable_token_indices": {"wte": [3, 5]}},
+        {"use_cayley_neumann": False},  # its default is true
+        {"lora_alpha": 0},  # its default is 8
     ):
         digests.add(digest_of(path, tensors, config | field))
-    assert len(digests) == 8
+    assert len(digests) == 14
 
 
 def test_the_order_of_patterns_matters_and_that_of_sets_does_not() -> None:
