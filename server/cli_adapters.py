@@ -71,10 +71,13 @@ def push(
     )
     if as_json:
         print(json.dumps(answer))
-    elif dry_run:
+        return
+    if dry_run:
         print(f"{name} would be taken: {answer['bytes']:,} bytes, {answer['digest'][:19]}")
     else:
         print(f"{answer['name']}@{answer['version']} is {answer['state']}: {answer['bytes']:,} bytes")
+    for warning in answer["report"].get("warnings", ()):
+        print(f"warning: {warning}")
 
 
 @app.command()
