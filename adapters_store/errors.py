@@ -2,10 +2,14 @@
 
     StoreError
     ├── InvalidName           a name, alias or reference outside the grammar
+    ├── InvalidWeights        an alias without a version, or with a share that is none
+    ├── InvalidAttribute      a label, description or retention outside the rules
     ├── UploadRefused
     │   ├── FileRefused       a path that climbs, is not on the allow-list, or comes twice
     │   ├── TooLarge          a cap on bytes or files
     │   ├── DigestMismatch    the bytes are not those that the caller announced
+    │   ├── UnsafeArchive     a link, a device, a path that climbs: more than plain files of one folder
+    │   ├── MalformedArchive  an archive that is cut short, damaged, or none
     │   └── InvalidHeader     not a well-formed safetensors file (names the tensor where one is to blame)
     ├── DiskFull              not enough free space to take it
     ├── NotFound
@@ -13,9 +17,12 @@
     │   ├── VersionNotFound
     │   └── AliasNotFound
     ├── AdapterExists         the caller wanted to create, and it is there
+    ├── PreconditionFailed    the adapter is not in the state that the caller expected
     ├── AliasInUse            a version cannot be deleted while an alias points to it
+    ├── PreconditionFailed    the adapter is not in the state that the caller expected
+    ├── NothingToRollBack     no earlier meaning of the alias is still there
     └── StoreUnusable
-        ├── StoreBusy         another process has the directory open
+        ├── StoreBusy         another process keeps it locked for longer than is waited
         └── StoreDamaged      unknown schema, or a committed file that cannot be read
 
 `code` is stable: scripts and HTTP answers build on it. Nothing here knows HTTP.
@@ -36,6 +43,14 @@ class InvalidName(StoreError):
     code = "invalid_name"
 
 
+class InvalidWeights(StoreError):
+    code = "invalid_weights"
+
+
+class InvalidAttribute(StoreError):
+    code = "invalid_attribute"
+
+
 class UploadRefused(StoreError):
     code = "upload_refused"
 
@@ -50,6 +65,14 @@ class TooLarge(UploadRefused):
 
 class DigestMismatch(UploadRefused):
     code = "digest_mismatch"
+
+
+class UnsafeArchive(UploadRefused):
+    code = "unsafe_archive"
+
+
+class MalformedArchive(UploadRefused):
+    code = "malformed_archive"
 
 
 class InvalidHeader(UploadRefused):
@@ -90,8 +113,20 @@ class AdapterExists(StoreError):
     code = "adapter_exists"
 
 
+class PreconditionFailed(StoreError):
+    code = "precondition_failed"
+
+
 class AliasInUse(StoreError):
     code = "alias_in_use"
+
+
+class PreconditionFailed(StoreError):
+    code = "precondition_failed"
+
+
+class NothingToRollBack(StoreError):
+    code = "nothing_to_roll_back"
 
 
 class StoreUnusable(StoreError):

@@ -122,6 +122,8 @@ _FOREIGN: tuple[tuple[type[Exception], int, str], ...] = (
     (store_errors.InvalidName, 422, "validation"),
     (store_errors.TooLarge, 413, "too_large"),
     (store_errors.DigestMismatch, 400, "validation"),
+    (store_errors.MalformedArchive, 400, "validation"),
+    (store_errors.PreconditionFailed, 412, "conflict"),
     (store_errors.UploadRefused, 422, "validation"),
     (store_errors.DiskFull, 507, "storage"),
     (store_errors.AdapterExists, 409, "conflict"),
