@@ -36,7 +36,7 @@ def test_every_form_comes_back_rounded_to_the_dtype(spec: BaseModelSpec, dtype: 
     assert packed.virtual is not None
     assert found.virtual is not None
     assert torch.equal(found.linear[PATH].down, packed.linear[PATH].down.to(DTYPES[dtype]))
-    assert torch.equal(found.changes[PATH].gain, packed.changes[PATH].gain.to(DTYPES[dtype]))  # type: ignore[arg-type]
+    assert torch.equal(found.changes[PATH].gain, packed.changes[PATH].gain.to(DTYPES[dtype]))  # type: ignore[arg-type, union-attr]
     assert torch.equal(found.virtual.rows, packed.virtual.rows.to(DTYPES[dtype]))
 
 
