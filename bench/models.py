@@ -8,7 +8,7 @@ all weights random and none zero, so that they cost and change what trained ones
 Running example, under the cache directory:
     qwen2-512x12-v32000/                                  config, weights, tokenizer
     qwen2-512x12-v32000-adapters/r16-all-7/               adapter 7 of rank 16 on all linears, as PEFT saves it
-    qwen2-512x12-v32000-adapters/r16-all-7.float32.img    the same, packed for the engine
+    qwen2-512x12-v32000-adapters/r16-all-7.float32.v3.img the same, packed for the engine
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from bench.workloads import ALL_LINEAR, AdapterShape
-from peft_core.image import pack, write_image
+from peft_core.image import PACKER_VERSION, pack, write_image
 from peft_core.methods import decode
 from peft_core.spec import BaseModelSpec
 from peft_core.traits import traits_of
@@ -153,7 +153,7 @@ def adapter_directory(shape: BaseShape, adapter: AdapterShape, number: int, cach
 
 def ticket(directory: Path, description: EngineDescription) -> AdapterTicket:
     """What the engine needs in order to load an adapter: its image is packed at the first call."""
-    path = directory.with_name(f"{directory.name}.{description.adapter_dtype}.img")
+    path = directory.with_name(f"{directory.name}.{description.adapter_dtype}.v{PACKER_VERSION}.img")
     spec = BaseModelSpec.from_json(description.spec)
     config: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text())
     weights = next(file for file in directory.glob("*.safetensors"))

@@ -36,8 +36,9 @@ from peft_core.parts import read_parts, write_parts
 from peft_core.sites import DOWN_TILE, SiteGroup, site_groups, up_tile
 from peft_core.spec import BaseModelSpec
 
-PACKER_VERSION = 2
+PACKER_VERSION = 3  # in the header and in every image's key: another layout is another image
 MAGIC = b"VENEERIM"
+_PREFIX = struct.Struct("<8sII")  # MAGIC, bytes of the header that follows, its CRC-32
 PAYLOAD_ALIGNMENT_BYTES = 4096
 IMAGE_ALIGNMENT_BYTES = 256  # an extent starts here; a multiple of every tile row in every dtype
 MAX_HEADER_BYTES = 64 << 20
@@ -193,7 +194,7 @@ def write_image(path: Path, image: Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
-        file.write(MAGIC + struct.pack("<I", len(header)) + header)
+        file.write(_PREFIX.pack(MAGIC, len(header), zlib.crc32(header)) + header)
         file.seek(start)
         file.write(payload)
         file.truncate(start + payload.nbytes)
@@ -209,15 +210,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         MalformedAdapter: the file is no image of this packer version, or is shorter than it says.
     """
     with path.open("rb") as file:
-        start = file.read(12)
-        if len(start) < 12 or start[:8] != MAGIC:
+        start = file.read(_PREFIX.size)
+        if len(start) < _PREFIX.size or not start.startswith(MAGIC):
             raise MalformedAdapter(f"{path.name} is not an adapter image. It is rebuilt when deleted.")
-        (length,) = struct.unpack("<I", start[8:])
+        _, length, checksum = _PREFIX.unpack(start)
         text = file.read(min(length, MAX_HEADER_BYTES))
-    try:
-        header: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise MalformedAdapter(f"{path.name} has a damaged header. It is rebuilt when deleted.") from error
+    if zlib.crc32(text) != checksum:  # a flipped bit could still be JSON, and lead the kernels astray
+        raise MalformedAdapter(f"{path.name} has a damaged header. It is rebuilt when deleted.")
+    header: dict[str, Any] = json.loads(text)
     if header.get("packer_version") != PACKER_VERSION:
         raise MalformedAdapter(f"{path.name} was packed by another version. It is rebuilt when deleted.")
     offset = _payload_start(length)
@@ -227,4 +227,4 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _payload_start(header_bytes: int) -> int:
-    return -(-(len(MAGIC) + 4 + header_bytes) // PAYLOAD_ALIGNMENT_BYTES) * PAYLOAD_ALIGNMENT_BYTES
+    return -(-(_PREFIX.size + header_bytes) // PAYLOAD_ALIGNMENT_BYTES) * PAYLOAD_ALIGNMENT_BYTES

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import threading
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +43,12 @@ def broken_copy(house: House, damage: str) -> AdapterTicket:
     target = source.with_name(f"{damage}.img")
     header, start = read_header(source)
     content = bytearray(source.read_bytes())
-    length_at = content.index(b'"num_bytes"')
     if damage == "KeyError":
-        content[length_at : length_at + 11] = b'"num_bytez"'
+        text = json.dumps({name: value for name, value in header.items() if name != "num_bytes"}).encode()
+        content[8 : 16 + len(text)] = struct.pack("<II", len(text), zlib.crc32(text)) + text
+    elif damage == "damaged header":  # JSON all the same
+        place = content.index(b'"num_bytes"') + 13
+        content[place] ^= 1
     if damage == "truncated":
         del content[start + header["num_bytes"] // 2 :]
     elif damage == "flipped bit":
@@ -71,7 +77,7 @@ def unfinished(answers: dict[str, Answer], asks: list[Ask]) -> bool:
     return any(answers[ask.name].finish is None for ask in asks)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "no image", "KeyError"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "damaged header", "no image", "KeyError"])
 def test_a_damaged_image_fails_its_own_requests_only(house: House, damage: str) -> None:
     for answer in run_beside(house, broken_copy(house, damage)).values():
         assert answer.finish is FinishReason.FAILED
