@@ -17,7 +17,6 @@
     │   ├── VersionNotFound
     │   └── AliasNotFound
     ├── AdapterExists         the caller wanted to create, and it is there
-    ├── PreconditionFailed    the adapter is not in the state that the caller expected
     ├── AliasInUse            a version cannot be deleted while an alias points to it
     ├── PreconditionFailed    the adapter is not in the state that the caller expected
     ├── NothingToRollBack     no earlier meaning of the alias is still there
@@ -119,10 +118,6 @@ class PreconditionFailed(StoreError):
 
 class AliasInUse(StoreError):
     code = "alias_in_use"
-
-
-class PreconditionFailed(StoreError):
-    code = "precondition_failed"
 
 
 class NothingToRollBack(StoreError):
