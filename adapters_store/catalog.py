@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from adapters_store.alias_book import AliasBook
+from adapters_store.attributes import Attributes
 from adapters_store.durable import make_directory, move_file, raise_if_full, remove, write_json
 from adapters_store.errors import AdapterExists, AliasInUse, StoreError, VersionNotFound
 from adapters_store.images import ImageShelf, StagedImage, StoredImage
@@ -33,6 +35,7 @@ from adapters_store.names import DEFAULT_ALIAS, Reference, check_alias, check_na
 from adapters_store.opening import open_index
 from adapters_store.record import AdapterRecord, AdapterVersion, Content, Source, VersionState
 from adapters_store.staging import Stage, StageLimits
+from adapters_store.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Catalog:
         base_fingerprint: str,
         *,
         limits: StageLimits | None = None,
+        keep_versions: int | None = None,
         reclaim: Callable[[Callable[[], None]], object] = _run,
     ) -> None:
         """Opens or creates the store in `root`, for serving the base with this fingerprint.
@@ -71,6 +75,9 @@ class Catalog:
         """
         self.base_fingerprint = base_fingerprint
         self.limits = limits or StageLimits()
+        self.keep_versions = keep_versions  # newest versions of each adapter that retention keeps; None: all
+        self.aliases = AliasBook()
+        self.upkeep = Upkeep()
         self.leases = LeaseBook()
         self._reclaim = reclaim
         self._changing = threading.RLock()  # held through a change, fsyncs included
@@ -90,12 +97,20 @@ class Catalog:
 
     # ------------------------------------------------------------------ reading
 
-    def look_up(self, reference: Reference) -> AdapterVersion:
-        """The version that a reference means now. Raises AdapterNotFound, AliasNotFound, VersionNotFound."""
+    @property
+    def root(self) -> Path:
+        """The store's directory."""
+        return self._layout.root
+
+    def look_up(self, reference: Reference, key: str | None = None) -> AdapterVersion:
+        """The version that a reference means now. Raises AdapterNotFound, AliasNotFound, VersionNotFound.
+
+        Where an alias shares several versions, the same `key` always gets the same one; without it chance decides.
+        """
         with self._reading:
             return self._index.look_up(reference)
 
-    def lease(self, reference: Reference) -> Lease:
+    def lease(self, reference: Reference, key: str | None = None) -> Lease:
         """As `look_up`, and holds the version's bytes until the lease is released."""
         with self._reading:
             return self.leases.take(self._index.look_up(reference))
@@ -154,6 +169,7 @@ class Catalog:
         image: StagedImage | None = None,
         aliases: Iterable[str] = (DEFAULT_ALIAS,),
         create_only: bool = False,
+        expected_etag: str | None = None,
     ) -> Committed:
         """Makes the stage's files a version of `name` and moves `aliases` to it, both or neither.
 
@@ -163,6 +179,7 @@ class Catalog:
         Raises:
             InvalidName: of `name` or an alias.
             AdapterExists: `create_only`, and the name is taken.
+            PreconditionFailed: the adapter's etag is another than `expected_etag`.
             DiskFull: nothing was committed.
         """
         check_name(name)
@@ -195,13 +212,25 @@ class Catalog:
             with self._reading:
                 self._index.set_alias(name, alias, version)
 
-    def delete(self, name: str, version: int | None = None, *, force: bool = False) -> list[AdapterVersion]:
+    def amend(
+        self, name: str, change: Callable[[Attributes], Attributes], *, expected_etag: str | None = None
+    ) -> AdapterRecord:
+        """Changes labels, description, pins, time to live or retention; `change` sees the present ones, locked.
+
+        Raises AdapterNotFound, PreconditionFailed, InvalidAttribute, DiskFull.
+        """
+        raise NotImplementedError
+
+    def delete(
+        self, name: str, version: int | None = None, *, force: bool = False, expected_etag: str | None = None
+    ) -> list[AdapterVersion]:
         """Takes one version, or the whole adapter, out of sight for good; returns what went.
 
         Bytes are removed once the last lease on them ends. Numbers never come back.
 
         Raises:
             AdapterNotFound, VersionNotFound: there is nothing to delete.
+            PreconditionFailed: the adapter's etag is another than `expected_etag`.
             AliasInUse: an alias points to this one of several versions, and not `force`: forced, the alias goes too.
         """
         with self._changing:

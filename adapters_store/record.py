@@ -7,11 +7,14 @@ can be served depends on the base that the store is opened for.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from adapters_store.alias import Alias
+from adapters_store.attributes import Attributes
 from adapters_store.errors import StoreDamaged
 from adapters_store.names import DEFAULT_ALIAS
 
@@ -130,8 +133,23 @@ class AdapterRecord:
 
     name: str
     versions: tuple[AdapterVersion, ...] = ()  # ascending
-    aliases: Mapping[str, int] = field(default_factory=dict)
+    aliases: Mapping[str, int] = field(default_factory=dict)  # where an alias has several, the one with most weight
     failure: str | None = None
+    routes: Mapping[str, Alias] = field(default_factory=dict)  # the same aliases with weights and history
+    attributes: Attributes = field(default_factory=Attributes)
+
+    @property
+    def etag(self) -> str:
+        """Changes whenever versions, aliases or attributes do, and with nothing else; 32 hex digits."""
+        facts = [
+            [[version.version, version.manifest_digest] for version in self.versions],
+            {alias: route.to_json() for alias, route in self.routes.items()},
+            self.attributes.to_json(),
+        ]
+        return hashlib.sha256(json.dumps([self.name, *facts], sort_keys=True).encode()).hexdigest()[:32]
+
+    def is_pinned(self, version: int) -> bool:
+        return self.attributes.is_pinned(version)
 
     @property
     def latest(self) -> AdapterVersion | None:
