@@ -33,7 +33,7 @@ from adapters_store.layout import Layout
 from adapters_store.leases import Lease, LeaseBook
 from adapters_store.names import DEFAULT_ALIAS, Reference, check_alias, check_name
 from adapters_store.opening import open_index
-from adapters_store.record import AdapterRecord, AdapterVersion, Content, Source, VersionState
+from adapters_store.record import AdapterRecord, AdapterVersion, Content, Expectation, Source, VersionState
 from adapters_store.staging import Stage, StageLimits
 from adapters_store.upkeep import Upkeep
 
@@ -169,7 +169,7 @@ class Catalog:
         image: StagedImage | None = None,
         aliases: Iterable[str] = (DEFAULT_ALIAS,),
         create_only: bool = False,
-        expected_etag: str | None = None,
+        expect: Expectation | None = None,
     ) -> Committed:
         """Makes the stage's files a version of `name` and moves `aliases` to it, both or neither.
 
@@ -179,7 +179,7 @@ class Catalog:
         Raises:
             InvalidName: of `name` or an alias.
             AdapterExists: `create_only`, and the name is taken.
-            PreconditionFailed: the adapter's etag is another than `expected_etag`.
+            PreconditionFailed: `expect`, which sees the adapter under the lock of this change, forbids it.
             DiskFull: nothing was committed.
         """
         check_name(name)
@@ -213,7 +213,7 @@ class Catalog:
                 self._index.set_alias(name, alias, version)
 
     def amend(
-        self, name: str, change: Callable[[Attributes], Attributes], *, expected_etag: str | None = None
+        self, name: str, change: Callable[[Attributes], Attributes], *, expect: Expectation | None = None
     ) -> AdapterRecord:
         """Changes labels, description, pins, time to live or retention; `change` sees the present ones, locked.
 
@@ -222,7 +222,7 @@ class Catalog:
         raise NotImplementedError
 
     def delete(
-        self, name: str, version: int | None = None, *, force: bool = False, expected_etag: str | None = None
+        self, name: str, version: int | None = None, *, force: bool = False, expect: Expectation | None = None
     ) -> list[AdapterVersion]:
         """Takes one version, or the whole adapter, out of sight for good; returns what went.
 
@@ -230,7 +230,7 @@ class Catalog:
 
         Raises:
             AdapterNotFound, VersionNotFound: there is nothing to delete.
-            PreconditionFailed: the adapter's etag is another than `expected_etag`.
+            PreconditionFailed: `expect`, which sees the adapter under the lock of this change, forbids it.
             AliasInUse: an alias points to this one of several versions, and not `force`: forced, the alias goes too.
         """
         with self._changing:

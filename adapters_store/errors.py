@@ -18,7 +18,6 @@
     │   └── AliasNotFound
     ├── AdapterExists         the caller wanted to create, and it is there
     ├── AliasInUse            a version cannot be deleted while an alias points to it
-    ├── PreconditionFailed    the adapter is not in the state that the caller expected
     ├── NothingToRollBack     no earlier meaning of the alias is still there
     └── StoreUnusable
         ├── StoreBusy         another process keeps it locked for longer than is waited

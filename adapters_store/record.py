@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -177,6 +177,10 @@ class AdapterRecord:
     @property
     def updated_at(self) -> str | None:
         return self.versions[-1].created_at if self.versions else None
+
+
+# Sees an adapter as it is (None: there is none) under the lock of a change, and raises to forbid the change.
+Expectation = Callable[[AdapterRecord | None], object]
 
 
 def manifest_digest(files: Iterable[StoredFile]) -> str:
