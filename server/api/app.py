@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import adapters, errors, generate, health, scrape, uploads
+from server.api import adapters, audits, errors, generate, health, operations, scrape, uploads
 from server.api.auth import GuardedRoute
 from server.api.doorstep import Doorstep
 from server.api.service import Service
@@ -21,6 +21,16 @@ from server.version import VERSION
 _DESCRIPTION = """One frozen base model and any number of adapters on it. A request names its adapter; requests on
 different adapters share one forward pass. Errors of the native routes are `{"error", "error_type"}`; those of `/admin`
 are `{"error": {"message", "type", "param", "code"}}`."""
+# Those with a suffix behind an adapter's name stand before `adapters`, whose paths end with the name.
+ROUTERS = (
+    generate.router,
+    health.router,
+    scrape.router,
+    operations.router,
+    audits.router,
+    uploads.router,
+    adapters.router,
+)
 _CLIENT_CLOSED_REQUEST = 499  # never seen by anybody: the connection is gone
 _EXPOSED_HEADERS = ("x-request-id", "x-adapter-id", "x-adapter-version", "x-veneer-ignored-fields", "retry-after")
 
@@ -38,7 +48,7 @@ def create_app(settings: Settings, front: Front | None = None) -> FastAPI:
     )
     app.state.service = service
     app.router.route_class = GuardedRoute
-    for router in (generate.router, health.router, scrape.router, uploads.router, adapters.router):
+    for router in ROUTERS:
         app.include_router(router)
     errors.install(app)
     app.add_exception_handler(ClientGone, _answer_nobody)
@@ -46,7 +56,7 @@ def create_app(settings: Settings, front: Front | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_allow_origin),
-            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=list(_EXPOSED_HEADERS),
         )

@@ -3,13 +3,17 @@
 Every route of this package is a `GuardedRoute`, made through `guarded_router()`, and asks for a key unless its
 endpoint is marked otherwise:
 
-    (no mark)    an API key or an admin key, when any key is set
+    (no mark)    a key that may generate (to look: any key), when any key is set
     @public      nobody is asked
-    @admin       an admin key; without admin keys an API key; without any key only callers of a server that
-                 listens on loopback, and no web page of another origin
+    @admin       a key that may administer (to look: one that may read). The command line's API keys do when neither an
+                 admin key nor a keys file is set; without any key only callers of a server that listens on loopback,
+                 and no web page of another origin. With an admin port, there alone.
 
-Keys are compared as digests, all of them each time, so that neither length nor position can be measured. The header
-is never logged or passed on: clients may send a token there that is meant for somebody else.
+The adapter that a path names must be one that the key sees; an admin route whose path names none is closed to keys
+that do not see all adapters, unless its endpoint is marked `@scoped`: it keeps to what its caller sees by itself.
+
+Keys of the command line are compared as digests, all of them each time, so that neither length nor position can be
+measured. The header is never logged or passed on: clients may send a token there that is meant for somebody else.
 """
 
 from __future__ import annotations
@@ -26,11 +30,16 @@ from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from server.api.errors import Forbidden, Refusal, Unauthorized, error_response, explain
+from adapters_store.errors import AdapterNotFound
+from server.api.caller import ALL_SCOPES, ANYBODY, STRANGER, Caller
+from server.api.errors import Forbidden, NoSuchRoute, Refusal, Unauthorized, error_response, explain
+from server.keys import KeysFile, Scope
 from server.settings import LOOPBACK_HOSTS, Settings
 
 _MARK = "veneer_access"
 _UPLOAD_MARK = "veneer_takes_upload"
+_SCOPED_MARK = "veneer_keeps_to_scope"
+_LOOKING = ("GET", "HEAD")
 _MULTIPART_SLACK_BYTES = 2**20  # boundaries, headers and metadata around the files
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
@@ -45,50 +54,72 @@ class KeyRing:
         return bool(self._digests)
 
     def opens(self, key: str) -> bool:
+        return self.position(key) is not None
+
+    def position(self, key: str) -> int | None:
+        """Which of the keys this is, from 0."""
         given = _digest(key)
         matches = [secrets.compare_digest(given, digest) for digest in self._digests]
-        return any(matches)
+        return matches.index(True) if any(matches) else None
 
 
 class Gate:
     """The rule of the module docstring, for one server."""
 
     def __init__(self, settings: Settings) -> None:
+        """Raises KeysFileError."""
         self._api_keys = KeyRing(settings.api_key)
         self._admin_keys = KeyRing(settings.admin_api_key)
+        self._keys_file = None if settings.keys_file is None else KeysFile(settings.keys_file)
         self._is_loopback = settings.is_loopback
+        self._admin_port = settings.admin_port
         self._allowed_origins = frozenset(settings.cors_allow_origin)
 
-    def check(self, request: Request, access: str) -> None:
-        """Raises Unauthorized or Forbidden; says nothing otherwise."""
-        if access == "public":
-            return
+    def check(self, request: Request, access: str) -> Caller:
+        """Who calls. Raises NoSuchRoute, Unauthorized or Forbidden."""
         key = _bearer(request)
+        caller = None if key is None else self._find(key)
+        if access == "public":
+            return caller or (ANYBODY if self._keys_file is None else STRANGER)
         if access == "admin":
-            self._check_admin(request, key)
-        elif self._api_keys or self._admin_keys:
-            self._check_user(key)
+            return self._check_admin(request, key, caller)
+        return self._check_user(request, key, caller)
 
-    def _check_user(self, key: str | None) -> None:
-        if not self._api_keys:  # only admin keys are set: they guard the admin routes alone
-            return
+    def _find(self, key: str) -> Caller | None:
+        if (position := self._admin_keys.position(key)) is not None:
+            name = f"admin-key-{position + 1}"
+            return Caller(name, tenant=name)
+        if (position := self._api_keys.position(key)) is not None:
+            name, administers = f"api-key-{position + 1}", not self._admin_keys and self._keys_file is None
+            return Caller(name, ALL_SCOPES if administers else frozenset(("generate",)), tenant=name)
+        record = None if self._keys_file is None else self._keys_file.find(key)
+        return None if record is None else Caller.of(record)
+
+    def _check_user(self, request: Request, key: str | None, caller: Caller | None) -> Caller:
+        if not self._api_keys and self._keys_file is None:  # admin keys alone guard the admin routes alone
+            return caller or ANYBODY
         if key is None:
             raise Unauthorized("this server asks for a key: send `Authorization: Bearer KEY` " + _CLIENT_HINT)
-        if not (self._api_keys.opens(key) or self._admin_keys.opens(key)):
+        if caller is None:
             raise Unauthorized("the key in `Authorization` is not one of this server's " + _CLIENT_HINT)
+        if request.method not in _LOOKING and "generate" not in caller.scopes:
+            raise Forbidden(f"this key may {_listed(caller.scopes)}, but not generate; use another key")
+        return caller
 
-    def _check_admin(self, request: Request, key: str | None) -> None:
-        ring = self._admin_keys or self._api_keys
-        if not ring:
+    def _check_admin(self, request: Request, key: str | None, caller: Caller | None) -> Caller:
+        if self._admin_port is not None and _port(request) != self._admin_port:
+            raise NoSuchRoute(f"no route {request.method} {request.url.path[:200]}; see /docs for those there are")
+        if not (self._admin_keys or self._api_keys or self._keys_file):
             self._check_local(request)
-            return
+            return ANYBODY
         if key is None:
             raise Unauthorized("the admin routes ask for a key: send `Authorization: Bearer ADMIN_KEY`")
-        if ring.opens(key):
-            return
-        if self._api_keys.opens(key):
-            raise Forbidden("this key may generate, but not administer; use an admin key")
-        raise Unauthorized("the key in `Authorization` is not one of this server's admin keys")
+        if caller is None:
+            raise Unauthorized("the key in `Authorization` is not one of this server's admin keys")
+        enough = {"admin", "read"} if request.method in _LOOKING else {"admin"}
+        if not caller.scopes & enough:
+            raise Forbidden(f"this key may {_listed(caller.scopes)}, but not administer; use an admin key")
+        return caller
 
     def _check_local(self, request: Request) -> None:
         """No key is set: only this machine, and not through a browser that shows somebody else's page."""
@@ -117,13 +148,17 @@ class GuardedRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             gate: Gate = request.app.state.service.gate
             try:
-                gate.check(request, access)
-            except Refusal as refusal:
+                request.state.caller = caller = gate.check(request, access)
+                _keep_to_scope(caller, request, access, getattr(self.endpoint, _SCOPED_MARK, False))
+            except (Refusal, AdapterNotFound) as refusal:
                 told = explain(refusal)
                 assert told is not None
                 return error_response(request.url.path, told)
             capped = BodyCap(request.receive, _body_cap(self.endpoint, request.app.state.service.settings))
-            return await handle(Request(request.scope, capped))
+            response = await handle(Request(request.scope, capped))
+            if access == "admin" and request.method not in ("GET", "HEAD") and response.status_code < 300:
+                await request.app.state.service.audit.note(request, response, self.endpoint.__name__)
+            return response
 
         return guarded
 
@@ -166,10 +201,27 @@ def admin(endpoint: _Endpoint) -> _Endpoint:
     return endpoint
 
 
+def scoped(endpoint: _Endpoint) -> _Endpoint:
+    """An admin endpoint that names no adapter in its path and tells and changes only what its caller sees."""
+    setattr(endpoint, _SCOPED_MARK, True)
+    return endpoint
+
+
 def takes_upload(endpoint: _Endpoint) -> _Endpoint:
     """The body may be as large as an adapter."""
     setattr(endpoint, _UPLOAD_MARK, True)
     return endpoint
+
+
+def _keep_to_scope(caller: Caller, request: Request, access: str, keeps_to_it: bool) -> None:
+    """Raises AdapterNotFound or Forbidden for what the caller does not see."""
+    name = request.path_params.get("name")
+    if access == "public" or caller.sees_all:
+        return
+    if name is not None:
+        caller.require(name)
+    elif access == "admin" and not keeps_to_it:
+        raise Forbidden("this route is about all adapters; it takes a key for all adapters")
 
 
 def _body_cap(endpoint: Callable[..., Any], settings: Settings) -> int:
@@ -179,6 +231,16 @@ def _body_cap(endpoint: Callable[..., Any], settings: Settings) -> int:
 
 
 _CLIENT_HINT = "(with huggingface_hub: pass api_key=... to InferenceClient)."
+
+
+def _listed(scopes: frozenset[Scope]) -> str:
+    return " and ".join(sorted(scopes)) or "nothing"
+
+
+def _port(request: Request) -> int | None:
+    """The port at which the request arrived, whatever its Host header says."""
+    server = request.scope.get("server")
+    return None if server is None else server[1]
 
 
 def _hostname(host: str) -> str:

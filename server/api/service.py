@@ -17,9 +17,11 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from server.api.audit import Audit
 from server.api.auth import Gate
 from server.api.errors import NotReady, TooManyRequests
 from server.api.metrics import DoorMetrics
+from server.api.operation import OperationBook
 from server.front.front import Front
 from server.settings import Settings
 
@@ -34,6 +36,8 @@ class Service:
         self.settings = settings
         self.gate = Gate(settings)
         self.metrics = DoorMetrics()
+        self.audit = Audit()
+        self.operations = OperationBook(self.audit.note_operation)
         self.in_house = 0
         self.started_at = time.time()
         self._state: State = "starting"
@@ -75,6 +79,7 @@ class Service:
     def attach(self, front: Front) -> None:
         self._front = front
         self._state = "ready"
+        self.audit.open(front.library.catalog.root)
 
     def fail(self, reason: str) -> None:
         self._state, self._reason = "failed", reason

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from server.api.audit import unchanged
 from server.api.auth import admin, guarded_router, takes_upload
 from server.api.documented import ADMIN_UPLOAD, Responses
 from server.api.resources import CheckResource, Residents, VersionResource, file_resources, version_resource
@@ -43,6 +44,7 @@ async def upload(
         service.metrics.upload_bytes.inc(received.num_bytes)
         wanted = received.metadata
         if dry_run:
+            unchanged(request)
             prepared = await front.library.check(stage)
             return _json(
                 CheckResource(

@@ -11,7 +11,7 @@ from typing import Any
 class AsgiCall:
     """Sends one JSON body and collects what comes. `leave()` closes the connection; `stalled` stops reading."""
 
-    def __init__(self, app: Any, path: str, body: Mapping[str, Any]) -> None:
+    def __init__(self, app: Any, path: str, body: Mapping[str, Any], method: str = "POST") -> None:
         self.status: int | None = None
         self.headers: dict[str, str] = {}
         self.chunks: list[bytes] = []
@@ -19,7 +19,7 @@ class AsgiCall:
         self._left = asyncio.Event()
         self._content: bytes | None = json.dumps(body).encode()
         self._news = asyncio.Event()
-        self._task = asyncio.create_task(app(_scope(path, len(self._content)), self._receive, self._send))
+        self._task = asyncio.create_task(app(_scope(method, path, len(self._content)), self._receive, self._send))
 
     @property
     def text(self) -> str:
@@ -55,13 +55,13 @@ class AsgiCall:
         self._news.set()
 
 
-def _scope(path: str, num_bytes: int) -> dict[str, Any]:
+def _scope(method: str, path: str, num_bytes: int) -> dict[str, Any]:
     headers = [(b"content-type", b"application/json"), (b"host", b"localhost"), (b"content-length", b"%d" % num_bytes)]
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
-        "method": "POST",
+        "method": method,
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
