@@ -12,6 +12,7 @@ Running example: `VENEER_PORT=9000 veneer serve ./llama --max-num-seqs 64`
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -80,6 +81,7 @@ Words = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(split_list)]
 _Module = Annotated[LoraModule, BeforeValidator(parse_lora_module)]
 LoraModules = Annotated[tuple[_Module, ...], BeforeValidator(split_list)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(split_list)]
 
 
 def _setting(default: Any, group: str, text: str, **extra: Any) -> Any:
@@ -118,11 +120,14 @@ class Settings(BaseModel):
     host: str | None = _setting(
         None,
         "Network",
-        "Address to listen on. Default: 0.0.0.0 when an API key is set, else 127.0.0.1, so that a server "
-        "without a key is never open to the network by accident.",
+        "Address to listen on. Default: 0.0.0.0 when an API key or a keys file is set, else 127.0.0.1, so that a "
+        "server without a key is never open to the network by accident.",
         metavar="ADDRESS",
     )
     port: int = _setting(8000, "Network", "Port to listen on; 0 takes a free one and prints it.", ge=0, le=65535)
+    admin_port: int | None = _setting(
+        None, "Network", "Port of the /admin routes, which are then on no other port. Default: --port.", ge=1, le=65535
+    )
     root_path: str = _setting("", "Network", "Path prefix that a proxy in front of the server strips.")
     ssl_keyfile: Path | None = _setting(None, "Network", "Private key (PEM) for HTTPS.")
     ssl_certfile: Path | None = _setting(None, "Network", "Certificate chain (PEM) for HTTPS.")
@@ -146,6 +151,18 @@ class Settings(BaseModel):
         "without any key they answer only when the server listens on loopback.",
         metavar="KEY",
     )
+    keys_file: Path | None = _setting(
+        None,
+        "Keys",
+        "File of keys that are bound to adapters and to reading, generating or administering; made by `veneer keys`, "
+        "read again when it changes. With it, API keys never open the admin routes.",
+    )
+    share_prefix_cache: bool = _setting(
+        False,
+        "Keys",
+        "Let all keys reuse each other's cached prompts. By default a key (or a tenant of the keys file) reuses its "
+        "own, so that nobody can tell by an answer's speed what others asked.",
+    )
 
     adapters_dir: Path | None = _setting(
         None,
@@ -161,6 +178,39 @@ class Settings(BaseModel):
         "Adapters",
         'Adapter directories to register at start: NAME=PATH or {"name": ..., "path": ...}; several may follow.',
         metavar="NAME=PATH",
+    )
+    adapter_roots: Paths = _setting(
+        (),
+        "Adapters",
+        "Directory below which the admin routes may name adapters by path, besides --adapters-dir; repeatable.",
+        metavar="DIRECTORY",
+    )
+    hub_endpoint: str | None = _setting(
+        None, "Adapters", "Address of the Hub that adapters are fetched from. Default: $HF_ENDPOINT.", metavar="URL"
+    )
+    offline: bool = _setting(
+        False,
+        "Adapters",
+        "Fetch no adapter over the network; of the Hub, serve what lies in its local cache. $HF_HUB_OFFLINE does it too.",
+    )
+    https_sources: Words = _setting(
+        (),
+        "Adapters",
+        "Host that adapters may be fetched from by https://, e.g. models.example or *.example; repeatable. "
+        "Default: none.",
+        metavar="HOST",
+    )
+    https_source_networks: Words = _setting(
+        (),
+        "Adapters",
+        "Network (as 10.1.0.0/16) that is not public and may be reached by https:// all the same; repeatable.",
+        metavar="CIDR",
+    )
+    adapter_auto_load: Words = _setting(
+        (),
+        "Adapters",
+        "Fetch an unknown adapter org/name from the Hub when a request names it, if it matches, e.g. org/*; repeatable.",
+        metavar="ORG/PATTERN",
     )
     enable_lora: bool = _setting(True, "Adapters", "Accepted for vLLM's command lines; adapters are always on.")
     max_loras: int | None = _setting(
@@ -213,6 +263,9 @@ class Settings(BaseModel):
     stalled_client_s: float = _setting(
         60.0, "Load", "Seconds that a client may take nothing of its stream, or send nothing of its upload.", gt=0
     )
+    upload_timeout_s: float = _setting(
+        3600.0, "Load", "Seconds after which an upload that is still arriving is dropped.", gt=0
+    )
     graceful_timeout_s: float = _setting(
         90.0, "Load", "Seconds that running requests get to finish after SIGTERM.", ge=0
     )
@@ -264,17 +317,47 @@ class Settings(BaseModel):
             raise ValueError(f"the name {twice[0]!r} is given twice; give every adapter a name of its own")
         return value
 
+    @field_validator("https_source_networks")
+    @classmethod
+    def _networks_are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            ipaddress.ip_network(network)
+        return value
+
+    @field_validator("adapter_auto_load")
+    @classmethod
+    def _auto_load_names_its_owners(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._*?-]+", pattern):
+                raise ValueError(
+                    f"{pattern!r} must be OWNER/PATTERN with the owner spelled out, e.g. org/* or org/sql-*"
+                )
+        return value
+
+    @field_validator("hub_endpoint")
+    @classmethod
+    def _endpoint_is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", value):
+            raise ValueError(f"{value!r} is no address like https://hub.example")
+        return value and value.rstrip("/")
+
     @model_validator(mode="after")
     def _https_needs_both_files(self) -> Settings:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("--ssl-keyfile and --ssl-certfile belong together; give both or neither")
         return self
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Settings:
+        if self.admin_port is not None and self.admin_port == self.port:
+            raise ValueError("--admin-port is --port; leave it out, or choose another port for the /admin routes")
+        return self
+
     @property
     def bind_host(self) -> str:
         if self.host is not None:
             return self.host
-        return "0.0.0.0" if self.api_key else "127.0.0.1"
+        return "0.0.0.0" if self.api_key or self.keys_file else "127.0.0.1"
 
     @property
     def is_loopback(self) -> bool:

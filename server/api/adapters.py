@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store.names import DEFAULT_ALIAS, check_name
 from adapters_store.record import AdapterRecord, AdapterVersion, VersionState
-from server.api.auth import admin, guarded_router
+from server.api.auth import admin, guarded_router, scoped
+from server.api.caller import caller_of, visible_page
 from server.api.documented import ADMIN, ADMIN_CHANGE, ADMIN_ONE
 from server.api.resources import (
     AdapterList,
@@ -71,6 +72,7 @@ class AliasOrder(BaseModel):
 
 @router.get("/adapters", summary="List adapters", responses=ADMIN)
 @admin
+@scoped
 async def list_adapters(
     request: Request,
     state: Annotated[VersionState | None, Query(description="Of what the bare name means.")] = None,
@@ -81,14 +83,15 @@ async def list_adapters(
     """Adapters whose names begin with `prefix`, sorted by name."""
     front = _front(request)
     residents = await _residents(front)
-    records, next_page_token = front.library.page(prefix, limit, page_token, state)
+    records, next_page_token = visible_page(front.library, caller_of(request), prefix, limit, page_token, state)
     return AdapterList(data=[_adapter(front, record, residents) for record in records], next_page_token=next_page_token)
 
 
 @router.get("/cache", summary="Who is in device memory", responses=ADMIN)
 @admin
+@scoped
 async def show_cache(request: Request) -> CacheResource:
-    front = _front(request)
+    front, caller = _front(request), caller_of(request)
     residents = await front.engine.residency()
     stats = front.engine.stats()
     units = {
@@ -108,6 +111,7 @@ async def show_cache(request: Request) -> CacheResource:
         residents=[
             ResidentResource(adapter=one.name, state=str(one.state), bytes=one.num_bytes, pins=one.num_pins)
             for one in residents
+            if caller.sees(one.name.partition("@")[0])
         ],
     )
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from adapters_store.audit_log import AuditEntry, AuditLog
 from adapters_store.errors import DiskFull
+from server.api.caller import caller_of
 from server.api.operation import Operation
 
 log = logging.getLogger("veneer.http")
@@ -51,7 +52,7 @@ class Audit:
         if response.status_code == 202 or change == ():
             return
         action, target, detail = change or (endpoint, _target(request, response), {})
-        actor = request.app.state.service.gate.caller(request)
+        actor = caller_of(request).name or "no key"
         await self.write(AuditEntry(actor, action, target, detail, request.state.request_id))
 
     async def note_operation(self, operation: Operation, result: Mapping[str, Any]) -> None:

@@ -87,10 +87,10 @@ class Gate:
 
     def _find(self, key: str) -> Caller | None:
         if (position := self._admin_keys.position(key)) is not None:
-            name = f"admin-key-{position + 1}"
+            name = f"admin key {position + 1}"
             return Caller(name, tenant=name)
         if (position := self._api_keys.position(key)) is not None:
-            name, administers = f"api-key-{position + 1}", not self._admin_keys and self._keys_file is None
+            name, administers = f"API key {position + 1}", not self._admin_keys and self._keys_file is None
             return Caller(name, ALL_SCOPES if administers else frozenset(("generate",)), tenant=name)
         record = None if self._keys_file is None else self._keys_file.find(key)
         return None if record is None else Caller.of(record)

@@ -4,6 +4,7 @@
     ├── Invalid              422   a field, a limit or a combination
     ├── Unauthorized         401   no key, or a wrong one
     ├── Forbidden            403   a key that may not, or no key where one is needed
+    ├── NoSuchRoute          404   there is nothing at this address, for this caller
     ├── TooManyRequests      429   come back later; carries Retry-After
     ├── NotReady             503   starting, restarting or draining
     └── AdminRefusal         any   admin routes, with a stable code
@@ -64,6 +65,11 @@ class Forbidden(Refusal):
     error_type = "forbidden"
 
 
+class NoSuchRoute(Refusal):
+    status = 404
+    error_type = "not_found"
+
+
 class TooManyRequests(Refusal):
     status = 429
     error_type = "overloaded"
@@ -116,6 +122,11 @@ _FOREIGN: tuple[tuple[type[Exception], int, str], ...] = (
     (engine_errors.AdapterLoadFailed, 424, "generation"),
     (engine_errors.EngineUnavailable, 503, "loading"),
     (library_errors.AdapterUnusable, 424, "generation"),
+    (library_errors.SourceInvalid, 422, "validation"),
+    (library_errors.SourceForbidden, 403, "forbidden"),
+    (library_errors.SourceNotFound, 404, "adapter_not_found"),
+    (library_errors.SourceDenied, 424, "generation"),
+    (library_errors.SourceUnavailable, 503, "loading"),
     (loader_errors.AdapterRefused, 422, "validation"),
     (loader_errors.LoaderUnavailable, 503, "loading"),
     (store_errors.NotFound, 404, "adapter_not_found"),

@@ -2,14 +2,14 @@
 
 The names starting with `vllm:` are a wire protocol here: dashboards, routers and autoscalers read them, so spelling,
 labels and buckets are those of vLLM 0.33. Our own names start with `veneer_`. Every gauge that routers read has exactly
-one series. Only names of registered adapters become label values, at most `metrics_max_adapters` of them; the others
-share "__other__", so that no client can fill the memory of a Prometheus.
+one series. Only names of registered adapters that the caller sees become label values, at most `metrics_max_adapters`
+of them; the others share "__other__", so that no client can fill the memory of a Prometheus.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -36,12 +36,13 @@ class Snapshot:
     adapter_bytes: int  # on the device
     block_size: int  # tokens
     num_restarts: int
+    sees: Callable[[str], bool]  # whether an adapter's name may be told
 
     @property
     def waiting(self) -> tuple[str, ...]:
         """Names of adapters with requests in flight that are not on the device."""
         busy = {name for name, counts in self.requests.adapters.items() if name and counts.num_in_flight}
-        return tuple(sorted(busy - set(self.resident)))
+        return tuple(sorted(filter(self.sees, busy - set(self.resident))))
 
 
 class EngineCollector:
@@ -61,7 +62,7 @@ class EngineCollector:
             return
         yield from _of_engine(self._snapshot)
         if self._settings.metrics_adapter_label == "counters":
-            yield from _of_adapters(self._snapshot.requests, self._settings.metrics_max_adapters)
+            yield from _of_adapters(self._snapshot, self._settings.metrics_max_adapters)
         if self._settings.metrics_compat == "vllm":
             yield from _vllm(self._snapshot, self._settings)
 
@@ -90,7 +91,7 @@ def _of_engine(snapshot: Snapshot) -> Iterator[Metric]:
     yield _histogram("veneer_batch_adapters", "Distinct adapters in a step.", {}, snapshot.engine.step_adapters)
 
 
-def _of_adapters(requests: RequestMetrics, max_adapters: int) -> Iterator[Metric]:
+def _of_adapters(snapshot: Snapshot, max_adapters: int) -> Iterator[Metric]:
     outcomes = CounterMetricFamily(
         "veneer_adapter_requests", "Requests by adapter and how they ended.", labels=("adapter", "outcome")
     )
@@ -101,7 +102,7 @@ def _of_adapters(requests: RequestMetrics, max_adapters: int) -> Iterator[Metric
     in_flight = GaugeMetricFamily(
         "veneer_adapter_requests_in_flight", "Requests in the house by adapter.", labels=("adapter",)
     )
-    for label, counts in _grouped(requests.adapters, max_adapters).items():
+    for label, counts in _grouped(snapshot, max_adapters).items():
         for outcome in sorted({outcome for each in counts for outcome in each.outcomes}):
             outcomes.add_metric((label, outcome), sum(each.outcomes[outcome] for each in counts))
         prompt.add_metric((label,), sum(each.num_prompt_tokens for each in counts))
@@ -110,13 +111,14 @@ def _of_adapters(requests: RequestMetrics, max_adapters: int) -> Iterator[Metric
     yield from (outcomes, prompt, generated, in_flight)
 
 
-def _grouped(adapters: Mapping[str, AdapterCounts], max_adapters: int) -> dict[str, list[AdapterCounts]]:
-    """Counts by label: the first `max_adapters` names have their own, in the order they were first used."""
+def _grouped(snapshot: Snapshot, max_adapters: int) -> dict[str, list[AdapterCounts]]:
+    """Counts by label: the first `max_adapters` names seen have their own, in the order they were first used."""
     groups: dict[str, list[AdapterCounts]] = {}
     num_named = 0
-    for name, counts in adapters.items():
-        label = BASE_LABEL if name == "" else name if num_named < max_adapters else OTHER_LABEL
-        num_named += name != ""
+    for name, counts in snapshot.requests.adapters.items():
+        is_named = name != "" and num_named < max_adapters and snapshot.sees(name)
+        label = BASE_LABEL if name == "" else name if is_named else OTHER_LABEL
+        num_named += is_named
         groups.setdefault(label, []).append(counts)
     return groups
 

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 
 from server.api import unknown
 from server.api.auth import guarded_router
+from server.api.caller import caller_of
 from server.api.documented import GENERATION, Responses
 from server.api.errors import BUG, error_body, explain, log
 from server.api.native_body import Answer, Shape
@@ -66,7 +67,7 @@ async def _answer(request: Request, body: GenerateRequest, *, is_stream: bool, i
     if ignored:
         service.metrics.ignored_fields.inc(len(ignored))
         headers[unknown.IGNORED_FIELDS_HEADER] = unknown.header_value(ignored)
-    passage = Passage(service, asked, request.state.arrived_s)
+    passage = Passage(service, asked, request.state.arrived_s, caller_of(request))
     shape = Shape(
         body.parameters,
         is_greedy=asked.params.temperature == 0,

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from server.api.auth import guarded_router, public
+from server.api.caller import STRANGER, caller_of, num_visible
 from server.api.documented import NOT_READY
 from server.api.errors import Explanation, error_response
 from server.api.service import Service
@@ -47,7 +48,7 @@ class ServerDescription(BaseModel):
     max_lora_rank: int | None
     router: str
     version: str
-    num_adapters: int
+    num_adapters: int | None  # those that the caller's key sees; None without a key where keys have scopes
 
 
 @router.get("/health", summary="Can a request be served now?", responses=NOT_READY, response_class=Response)
@@ -90,7 +91,7 @@ async def version(request: Request) -> Version:
 @public
 async def info(request: Request) -> ServerDescription:
     service: Service = request.app.state.service
-    settings, front = service.settings, service.front
+    settings, front, caller = service.settings, service.front, caller_of(request)
     engine: Any = front.engine.description
     waiting_and_running = settings.max_num_seqs + settings.max_queued_requests
     return ServerDescription(
@@ -113,5 +114,5 @@ async def info(request: Request) -> ServerDescription:
         max_lora_rank=settings.max_lora_rank,
         router="veneer",
         version=VERSION,
-        num_adapters=front.library.num_adapters,
+        num_adapters=None if caller == STRANGER else num_visible(front.library, caller),
     )

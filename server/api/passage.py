@@ -1,7 +1,7 @@
 """One request's way through the house: counted in, generated, counted out, whatever happens.
 
 `deltas()` is the only door: closing it (or cancelling whoever awaits it) aborts the generation and gives the adapter's
-lease back, then counts the request out.
+lease back, then counts the request out. The caller decides which adapters exist, and with whom prompts are shared.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ import difflib
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from adapters_store.errors import AdapterNotFound
+from adapters_store.names import parse_reference
+from server.api.caller import Caller, visible_page
+from server.api.errors import Forbidden
 from server.api.service import Service
 from server.front.generation import Generation, ResolvedAdapter
 from server.front.text import TextDelta, TextFinish, TextRequest
@@ -23,9 +27,11 @@ _MAX_CANDIDATES = 500  # compared with a mistyped name; more would hold up the e
 class Passage:
     """Parameters: `arrived_s` is when the request's first byte was seen, by `time.perf_counter`."""
 
-    def __init__(self, service: Service, asked: TextRequest, arrived_s: float) -> None:
+    def __init__(self, service: Service, asked: TextRequest, arrived_s: float, caller: Caller) -> None:
         self.service = service
-        self.asked = asked
+        salt = "" if service.settings.share_prefix_cache else caller.tenant
+        self.asked = replace(asked, cache_salt=salt)
+        self._caller = caller
         self._front = service.front
         self._arrived_s = arrived_s
         self._submitted_s = time.perf_counter()
@@ -44,15 +50,23 @@ class Passage:
                     yield delta
 
     async def _open(self) -> Generation:
-        """Raises what the front raises; an unknown name comes with those that are near it."""
+        """Raises what the front raises, and Forbidden; an unknown name comes with those that are near it."""
         try:
+            self._require_in_scope()
             return await self._front.open(self.asked)
         except AdapterNotFound as error:
             assert self.asked.adapter is not None
-            near = near_names(self._front.library, self.asked.adapter)
+            near = near_names(self._front.library, self.asked.adapter, self._caller)
             if not near:
                 raise
             raise AdapterNotFound(f"{error} Did you mean {' or '.join(map(repr, near))}?") from None
+
+    def _require_in_scope(self) -> None:
+        """Raises AdapterNotFound, InvalidName or Forbidden."""
+        if self.asked.adapter is not None:
+            self._caller.require(parse_reference(self.asked.adapter).name)
+        elif not self._caller.may_use_base:
+            raise Forbidden("this key may not use the base alone; name an adapter")
 
     def headers(self) -> dict[str, str]:
         """Which weights answer; known before the first token."""
@@ -87,10 +101,10 @@ class Passage:
         }
 
 
-def near_names(library: Library, reference: str) -> list[str]:
-    """Names of adapters that a mistyped reference may have meant, best first."""
+def near_names(library: Library, reference: str, caller: Caller) -> list[str]:
+    """Names of adapters that a mistyped reference may have meant, best first; only such as the caller sees."""
     name = reference.partition("@")[0]
-    candidates = [record.name for record in library.page(name[:1], _MAX_CANDIDATES).records]
+    candidates = [record.name for record in visible_page(library, caller, name[:1], _MAX_CANDIDATES).records]
     return difflib.get_close_matches(name, candidates, n=3)
 
 
