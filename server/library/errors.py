@@ -2,7 +2,13 @@
 
     LibraryError
     ├── AdapterUnusable    it is known, and this server cannot serve it: another base, or damaged files
-    └── NotADirectory      the adapters' directory is none, or is itself an adapter
+    ├── NotADirectory      the adapters' directory is none, or is itself an adapter
+    └── SourceError        an adapter cannot be fetched from where it is said to be
+        ├── SourceInvalid      the text names no source
+        ├── SourceForbidden    this server may not fetch from there
+        ├── SourceNotFound     there is no adapter, or none that may be seen
+        ├── SourceDenied       whoever keeps it wants another token
+        └── SourceUnavailable  no answer, or half of one: try again
 
 Errors of `adapters_store` (unknown name, caps, headers) and `server.loader` (refused by a decoder, loader died) pass
 through unchanged; all carry a stable `code`.
@@ -23,3 +29,29 @@ class AdapterUnusable(LibraryError):
 
 class NotADirectory(LibraryError):
     code = "not_a_directory"
+
+
+class SourceError(LibraryError):
+    """No message of these ever holds a token."""
+
+    code = "source_error"
+
+
+class SourceInvalid(SourceError):
+    code = "invalid_source"
+
+
+class SourceForbidden(SourceError):
+    code = "source_not_allowed"
+
+
+class SourceNotFound(SourceError):
+    code = "source_not_found"
+
+
+class SourceDenied(SourceError):
+    code = "source_denied"
+
+
+class SourceUnavailable(SourceError):
+    code = "source_unavailable"
