@@ -23,7 +23,8 @@ import yaml
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from server.settings import GROUPS, LoraModule, Settings
+from server.setting_values import LoraModule
+from server.settings import GROUPS, Settings
 
 ENV_PREFIX = "VENEER_"
 # Read by other commands, never settings of the server.

@@ -30,7 +30,8 @@ from server.library.errors import LibraryError
 from server.offline import Totals, generate_into
 from server.offline_input import Asked, Defaults, from_json_lines, from_prompts, from_text
 from server.offline_progress import OfflineProgress
-from server.settings import LoraModule, Settings
+from server.setting_values import LoraModule
+from server.settings import Settings
 
 BUILT_IN = "demo"  # a directory of this name can be given as ./demo
 ANSWERED, SOME_FAILED, CANNOT_RUN, INTERRUPTED = 0, 1, 2, 130

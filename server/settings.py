@@ -12,76 +12,28 @@ Running example: `VENEER_PORT=9000 veneer serve ./llama --max-num-seqs 64`
 
 from __future__ import annotations
 
-import ipaddress
-import json
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from server.demo import BASE_NAME
 from server.limits import cpu_limit
+from server.setting_values import (
+    AdapterPatterns,
+    Address,
+    LoraModule,
+    LoraModules,
+    Networks,
+    Paths,
+    Secrets,
+    Size,
+    Words,
+)
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 GROUPS = ("Model", "Network", "Keys", "Adapters", "Load", "Memory and threads", "Observing")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?")
-
-
-def parse_size(value: object) -> object:
-    """`"1.5G"` -> 1610612736. Upper-case letters are powers of 1024, lower-case of 1000 (as vLLM reads them)."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f"{value!r} is not a size; write a number and perhaps a suffix, e.g. 65536, 64k, 512M or 2G")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def split_list(value: object) -> object:
-    """`"a,b"` -> `("a", "b")`; a JSON list stays a list. Environment variables carry lists this way."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    if text.startswith("["):
-        return json.loads(text)
-    if text.startswith("{"):
-        return [text]
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-class LoraModule(NamedTuple):
-    """One `--lora-modules` entry: an adapter directory to register under a name at start."""
-
-    name: str
-    path: str
-
-
-def parse_lora_module(value: object) -> object:
-    """`"sql=/adapters/sql"` or `{"name": "sql", "path": "/adapters/sql"}` (as text or mapping) -> LoraModule."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = json.loads(value)
-    if isinstance(value, dict):
-        extra = set(value) - {"name", "path", "base_model_name"}
-        if extra or not {"name", "path"} <= set(value):
-            raise ValueError(f'{value!r} must have the fields "name" and "path" (and may have "base_model_name")')
-        return LoraModule(str(value["name"]), str(value["path"]))
-    if isinstance(value, str):
-        name, equals, path = value.partition("=")
-        if not (name and equals and path):
-            raise ValueError(f'{value!r} is not NAME=PATH (nor JSON like {{"name": "sql", "path": "/adapters/sql"}})')
-        return LoraModule(name, path)
-    return value
-
-
-Size = Annotated[int, BeforeValidator(parse_size)]
-Words = Annotated[tuple[str, ...], BeforeValidator(split_list)]
-Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(split_list)]
-_Module = Annotated[LoraModule, BeforeValidator(parse_lora_module)]
-LoraModules = Annotated[tuple[_Module, ...], BeforeValidator(split_list)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(split_list)]
 
 
 def _setting(default: Any, group: str, text: str, **extra: Any) -> Any:
@@ -185,13 +137,13 @@ class Settings(BaseModel):
         "Directory below which the admin routes may name adapters by path, besides --adapters-dir; repeatable.",
         metavar="DIRECTORY",
     )
-    hub_endpoint: str | None = _setting(
+    hub_endpoint: Address | None = _setting(
         None, "Adapters", "Address of the Hub that adapters are fetched from. Default: $HF_ENDPOINT.", metavar="URL"
     )
     offline: bool = _setting(
         False,
         "Adapters",
-        "Fetch no adapter over the network; of the Hub, serve what lies in its local cache. $HF_HUB_OFFLINE does it too.",
+        "Fetch no adapter over the network; of the Hub, take what its local cache holds. $HF_HUB_OFFLINE does it too.",
     )
     https_sources: Words = _setting(
         (),
@@ -200,16 +152,16 @@ class Settings(BaseModel):
         "Default: none.",
         metavar="HOST",
     )
-    https_source_networks: Words = _setting(
+    https_source_networks: Networks = _setting(
         (),
         "Adapters",
         "Network (as 10.1.0.0/16) that is not public and may be reached by https:// all the same; repeatable.",
         metavar="CIDR",
     )
-    adapter_auto_load: Words = _setting(
+    adapter_auto_load: AdapterPatterns = _setting(
         (),
         "Adapters",
-        "Fetch an unknown adapter org/name from the Hub when a request names it, if it matches, e.g. org/*; repeatable.",
+        "Fetch an unknown adapter from the Hub when a request names it and it matches, e.g. org/sql-*; repeatable.",
         metavar="ORG/PATTERN",
     )
     enable_lora: bool = _setting(True, "Adapters", "Accepted for vLLM's command lines; adapters are always on.")
@@ -316,30 +268,6 @@ class Settings(BaseModel):
         if twice:
             raise ValueError(f"the name {twice[0]!r} is given twice; give every adapter a name of its own")
         return value
-
-    @field_validator("https_source_networks")
-    @classmethod
-    def _networks_are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for network in value:
-            ipaddress.ip_network(network)
-        return value
-
-    @field_validator("adapter_auto_load")
-    @classmethod
-    def _auto_load_names_its_owners(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._*?-]+", pattern):
-                raise ValueError(
-                    f"{pattern!r} must be OWNER/PATTERN with the owner spelled out, e.g. org/* or org/sql-*"
-                )
-        return value
-
-    @field_validator("hub_endpoint")
-    @classmethod
-    def _endpoint_is_an_address(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", value):
-            raise ValueError(f"{value!r} is no address like https://hub.example")
-        return value and value.rstrip("/")
 
     @model_validator(mode="after")
     def _https_needs_both_files(self) -> Settings:

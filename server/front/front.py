@@ -35,6 +35,8 @@ from server.front.tokenizer import TextTokenizer
 from server.front.vocabularies import Vocabularies
 from server.library.errors import LibraryError
 from server.library.library import Library
+from server.library.sources.auto_load import AutoLoader
+from server.library.sources.puller import Puller
 from server.loader.client import LoaderClient
 from server.loader.errors import LoaderError
 from server.settings import Settings
@@ -57,6 +59,7 @@ class Front:
     """Belongs to one event loop. `metrics` count finished requests, `engine.metrics` tokens as they pass."""
 
     library: Library
+    puller: Puller
 
     def __init__(
         self, engine: EngineClient, resolver: Resolver, tokenizer: TextTokenizer, *, max_queued_requests: int = 256
@@ -95,11 +98,14 @@ class Front:
                 library = await opening.open_library(settings, engine, loader)
                 started.push_async_callback(library.close)
                 await opening.register_adapters(library, settings, on_event)
-                front = cls(engine, library, await tokenizer, max_queued_requests=settings.max_queued_requests)
+                puller = Puller(library, opening.source_policy(settings))
+                resolver = AutoLoader(library, puller)
+                started.push_async_callback(resolver.close)
+                front = cls(engine, resolver, await tokenizer, max_queued_requests=settings.max_queued_requests)
             finally:
                 tokenizer.cancel()
                 await asyncio.gather(tokenizer, return_exceptions=True)
-            front.library = library
+            front.library, front.puller = library, puller
             front._closing = started.pop_all()
             return front
 

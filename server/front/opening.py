@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 from pathlib import Path
 
 from adapters_store.errors import StoreError
@@ -17,6 +18,7 @@ from server.front.tokenizer import require_tokenizer
 from server.library.directory import AdapterDirectory, find_directories
 from server.library.library import Library
 from server.library.probe import Probe
+from server.library.sources.policy import SourcePolicy
 from server.loader.client import LoaderClient
 from server.loader.errors import LoaderError
 from server.loader.job import PackingTarget
@@ -43,6 +45,19 @@ def engine_config(settings: Settings) -> EngineConfig:
         pool_bytes=settings.pool_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         num_threads=settings.engine_threads,
+    )
+
+
+def source_policy(settings: Settings) -> SourcePolicy:
+    """What may be fetched, and from where."""
+    roots = (*settings.adapter_roots, *((settings.adapters_dir,) if settings.adapters_dir is not None else ()))
+    return SourcePolicy(
+        roots=roots,
+        hub_endpoint=settings.hub_endpoint,
+        is_offline=settings.offline,
+        web_hosts=settings.https_sources,
+        web_networks=tuple(ipaddress.ip_network(network) for network in settings.https_source_networks),
+        auto_load=settings.adapter_auto_load,
     )
 
 

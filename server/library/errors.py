@@ -3,6 +3,8 @@
     LibraryError
     ├── AdapterUnusable    it is known, and this server cannot serve it: another base, or damaged files
     ├── NotADirectory      the adapters' directory is none, or is itself an adapter
+    ├── GateFailed         a version does not answer an alias's golden prompts, so the alias stays
+    ├── CanaryConflict     an alias has a canary already, has none, or cannot have one as it is
     └── SourceError        an adapter cannot be fetched from where it is said to be
         ├── SourceInvalid      the text names no source
         ├── SourceForbidden    this server may not fetch from there
@@ -16,7 +18,7 @@ through unchanged; all carry a stable `code`.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class LibraryError(Exception):
@@ -55,3 +57,17 @@ class SourceDenied(SourceError):
 
 class SourceUnavailable(SourceError):
     code = "source_unavailable"
+
+
+class GateFailed(LibraryError):
+    """`verdict` holds what was asked, answered and expected; None where nothing could be asked."""
+
+    code = "gate_failed"
+
+    def __init__(self, message: str, verdict: Any = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+
+class CanaryConflict(LibraryError):
+    code = "canary_conflict"
