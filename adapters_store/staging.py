@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 from adapters_store.durable import raise_if_full, remove_tree, sync_directory
 from adapters_store.errors import DigestMismatch, DiskFull, FileRefused, TooLarge
@@ -45,9 +46,9 @@ ALLOWED_FILES = (
     "chat_template*.json",
 )
 
+_CONFIGS = (CONFIG_FILE, "head_config.json")
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)  # no separators, so nothing climbs
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_SPACE_CHECK_BYTES = 64 * 1024 * 1024  # how much may be written between two looks at the free space
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,15 @@ class StageLimits:
     max_file_bytes: int = 2 * 2**30
     max_total_bytes: int = 2 * 2**30
     max_files: int = 32
+    max_config_bytes: int = 2**20  # of files that are read whole: configs
+    max_text_bytes: int = 64 * 2**20  # of the other files without tensors: tokenizers, templates
     reserve_bytes: int = 64 * 1024 * 1024  # of the disk, left free whatever is uploaded
+
+    def of_file(self, path: str) -> int:
+        """Bytes that a file of this name may have."""
+        if path in TENSOR_FILES:
+            return self.max_file_bytes
+        return min(self.max_config_bytes if path in _CONFIGS else self.max_text_bytes, self.max_file_bytes)
 
 
 def check_path(path: str) -> str:
@@ -86,16 +95,18 @@ def is_allowed(path: str) -> bool:
 class Stage:
     """One upload in progress. One writer at a time; not thread-safe."""
 
+    SPACE_CHECK_BYTES: ClassVar[int] = 64 * 1024 * 1024  # what may be written between two looks at the free space
+
     def __init__(self, directory: Path, limits: StageLimits) -> None:
         self.directory = directory
-        self._limits = limits
+        self.limits = limits
         self._files: dict[str, StoredFile] = {}
         self._num_bytes = 0
         self._num_unchecked_bytes = 0
         self._sinks: list[FileSink] = []
         self._is_owned = True
         directory.mkdir()
-        self._check_space(0)
+        self.require_space(0)
 
     def __enter__(self) -> Stage:
         return self
@@ -140,11 +151,11 @@ class Stage:
         check_path(path)
         if path in self._files or (self.directory / path).exists():
             raise FileRefused(f"{path!r} was sent twice; which one is meant cannot be known.")
-        if len(self._files) >= self._limits.max_files:
-            raise TooLarge(f"more than {self._limits.max_files} files; an adapter needs fewer.")
+        if len(self._files) >= self.limits.max_files:
+            raise TooLarge(f"more than {self.limits.max_files} files; an adapter needs fewer.")
         if num_bytes is not None:
             self._check_caps(path, num_bytes, num_bytes)
-            self._check_space(num_bytes)
+            self.require_space(num_bytes)
         sink = FileSink(self, path, sha256)
         self._sinks.append(sink)
         return sink
@@ -164,16 +175,18 @@ class Stage:
         remove_tree(self.directory)
 
     def _check_caps(self, path: str, file_bytes: int, added_bytes: int) -> None:
-        if file_bytes > self._limits.max_file_bytes:
-            raise TooLarge(f"{path!r} is larger than the limit of {self._limits.max_file_bytes} bytes for one file.")
-        if self._num_bytes + added_bytes > self._limits.max_total_bytes:
-            raise TooLarge(f"the files together are over the limit of {self._limits.max_total_bytes} bytes.")
+        limit = self.limits.of_file(path)
+        if file_bytes > limit:
+            raise TooLarge(f"{path!r} is larger than the limit of {limit} bytes for one such file.")
+        if self._num_bytes + added_bytes > self.limits.max_total_bytes:
+            raise TooLarge(f"the files together are over the limit of {self.limits.max_total_bytes} bytes.")
 
-    def _check_space(self, num_bytes: int) -> None:
+    def require_space(self, num_bytes: int) -> None:
+        """Raises DiskFull unless so many bytes more leave the reserve free."""
         free = shutil.disk_usage(self.directory).free
-        if free - num_bytes < self._limits.reserve_bytes:
+        if free - num_bytes < self.limits.reserve_bytes:
             raise DiskFull(
-                f"{free} bytes are free where adapters are kept and {self._limits.reserve_bytes} stay in reserve: "
+                f"{free} bytes are free where adapters are kept and {self.limits.reserve_bytes} stay in reserve: "
                 f"{num_bytes} more do not fit. Delete adapters or free some space."
             )
 
@@ -181,9 +194,9 @@ class Stage:
         self._check_caps(path, file_bytes, added_bytes)
         self._num_bytes += added_bytes
         self._num_unchecked_bytes += added_bytes
-        if self._num_unchecked_bytes >= _SPACE_CHECK_BYTES:
+        if self._num_unchecked_bytes >= self.SPACE_CHECK_BYTES:
             self._num_unchecked_bytes = 0
-            self._check_space(0)
+            self.require_space(0)
 
     def _complete(self, file: StoredFile) -> None:
         self._files[file.path] = file

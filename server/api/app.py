@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import adapters, audits, errors, generate, health, operations, scrape, uploads
+from server.api import adapters, audits, errors, generate, health, operations, scrape, upload_archive, uploads
 from server.api.auth import GuardedRoute
 from server.api.doorstep import Doorstep
 from server.api.service import Service
@@ -21,7 +21,7 @@ from server.version import VERSION
 _DESCRIPTION = """One frozen base model and any number of adapters on it. A request names its adapter; requests on
 different adapters share one forward pass. Errors of the native routes are `{"error", "error_type"}`; those of `/admin`
 are `{"error": {"message", "type", "param", "code"}}`."""
-# Those with a suffix behind an adapter's name stand before `adapters`, whose paths end with the name.
+# Those with a suffix behind an adapter's name stand before those whose paths end with the name.
 ROUTERS = (
     generate.router,
     health.router,
@@ -30,6 +30,7 @@ ROUTERS = (
     audits.router,
     uploads.router,
     adapters.router,
+    upload_archive.router,
 )
 _CLIENT_CLOSED_REQUEST = 499  # never seen by anybody: the connection is gone
 _EXPOSED_HEADERS = ("x-request-id", "x-adapter-id", "x-adapter-version", "x-veneer-ignored-fields", "retry-after")

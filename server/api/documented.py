@@ -53,7 +53,8 @@ ADMIN_UPLOAD: Responses = {
     **_ADMIN,
     400: _object("The bytes are not those announced, or are no multipart body.", "digest_mismatch", "..."),
     408: _object("Nothing arrived for too long.", "upload_stalled", "..."),
-    415: _object("Not multipart/form-data.", "unsupported_media_type", "send the adapter as multipart/form-data"),
+    412: _object("The adapter is not as If-Match or If-None-Match expects.", "precondition_failed", "..."),
+    415: _object("A body of another type.", "unsupported_media_type", "send the adapter as multipart/form-data"),
     409: _object("The adapter exists, and the caller wanted to create it.", "adapter_exists", "..."),
     507: _object("The disk is full.", "disk_full", "..."),
 }

@@ -3,9 +3,8 @@
     metadata   one JSON part, first
     files      one part per file; its filename is the file's path inside the adapter
 
-Nothing is held in memory but the metadata and the piece that just arrived; hashing and writing happen in a thread, so
-an upload of gigabytes does not hold up the streams next to it. Which files an adapter may have, and how large they may
-be, the stage knows.
+Nothing is held in memory but the metadata and the piece that just arrived. Which files an adapter may have, and how
+large they may be, the stage knows.
 
 Running example:
     curl -F 'metadata={"name": "pirate"}' -F files=@adapter_config.json -F files=@adapter_model.safetensors URL
@@ -13,8 +12,7 @@ Running example:
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from fastapi import Request
@@ -22,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name
 from adapters_store.staging import FileSink, Stage
 from server.api.errors import AdminRefusal
+from server.api.upload_body import take_body
+from server.api.upload_order import wanted_aliases
+from server.settings import Settings
 
 MAX_METADATA_BYTES = 64 * 1024
 _MAX_PARTS = 64
@@ -56,9 +56,10 @@ class UploadMetadata(BaseModel):
     @property
     def aliases(self) -> tuple[str, ...]:
         """The aliases that move to the new version. Raises InvalidName."""
-        check_name(self.name)
-        named = () if self.alias is None else (check_alias(self.alias),)
-        return (*((DEFAULT_ALIAS,) if self.promote else ()), *named)
+        return wanted_aliases(self.name, self.alias, self.promote)
+
+
+OnMetadata = Callable[[UploadMetadata], None]
 
 
 class UploadForm(BaseModel):
@@ -71,8 +72,10 @@ class UploadForm(BaseModel):
 class Received:
     """A multipart body while it arrives. `feed` may be called from another thread, one call at a time."""
 
-    def __init__(self, stage: Stage, boundary: bytes) -> None:
+    def __init__(self, stage: Stage, boundary: bytes, on_metadata: OnMetadata) -> None:
+        """`on_metadata` hears of the metadata before any file is taken, and raises to refuse it."""
         self.num_bytes = 0
+        self._on_metadata = on_metadata
         self._stage = stage
         self._metadata_bytes = bytearray()
         self._metadata: UploadMetadata | None = None
@@ -163,6 +166,7 @@ class Received:
                 raise _invalid(f"unknown field `{where}`; there are {known}") from None
             raise _invalid(f"{where}: {problem['msg']}") from None
         self.aliases = self._metadata.aliases  # a bad name is refused here, before any file is taken
+        self._on_metadata(self._metadata)
 
     def _end(self) -> None:
         self._is_complete = True
@@ -173,12 +177,12 @@ class Received:
         return digests.get(path)
 
 
-async def receive(request: Request, stage: Stage, stall_s: float) -> Received:
+async def receive(request: Request, stage: Stage, settings: Settings, on_metadata: OnMetadata) -> Received:
     """Read the whole body into the stage.
 
     Raises:
-        AdminRefusal: not a multipart body, a part that should not be there, or nothing arrived for `stall_s` seconds.
-        UploadRefused, DiskFull: the store's own reasons.
+        AdminRefusal: not a multipart body, a part that should not be there, or it came too slowly.
+        UploadRefused, DiskFull: the store's own reasons; and what `on_metadata` raises.
         ClientDisconnect: the caller left.
     """
     kind, options = parse_options_header(request.headers.get("content-type"))
@@ -189,19 +193,9 @@ async def receive(request: Request, stage: Stage, stall_s: float) -> Received:
             "unsupported_media_type",
             "send the adapter as multipart/form-data: a `metadata` part with JSON, then one `files` part per file",
         )
-    received = Received(stage, boundary)
-    pieces: AsyncIterator[bytes] = request.stream()
-    while True:
-        try:
-            chunk = await asyncio.wait_for(anext(pieces, None), stall_s)
-        except TimeoutError:
-            raise AdminRefusal(
-                408, "upload_stalled", f"nothing arrived for {stall_s:g} s; the upload is dropped"
-            ) from None
-        if chunk is None:
-            return received
-        if chunk:
-            await asyncio.to_thread(received.feed, chunk)
+    received = Received(stage, boundary, on_metadata)
+    await take_body(request, stage, received.feed, settings)
+    return received
 
 
 def _malformed(reason: str) -> AdminRefusal:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Query, Request, Response
-from fastapi.responses import JSONResponse
 
-from server.api.audit import unchanged
 from server.api.auth import admin, guarded_router, takes_upload
 from server.api.documented import ADMIN_UPLOAD, Responses
-from server.api.resources import CheckResource, Residents, VersionResource, file_resources, version_resource
+from server.api.preconditions import Precondition
+from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
-from server.api.upload import UploadForm, receive
+from server.api.upload import UploadForm, UploadMetadata, receive
+from server.api.upload_order import UploadOrder, carry_out, known_record, require_known_query
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 _BODY = {
@@ -38,37 +38,16 @@ async def upload(
 ) -> Response:
     """`curl -F 'metadata={"name": "pirate"}' -F files=@adapter_config.json -F files=@adapter_model.safetensors URL`"""
     service: Service = request.app.state.service
-    front = service.front
-    with front.library.stage() as stage:
-        received = await receive(request, stage, service.settings.stalled_client_s)
+    library = service.front.library
+    require_known_query(request, ("dry_run",))
+    precondition = Precondition.of(request.headers)
+
+    def expect(metadata: UploadMetadata) -> None:
+        precondition.check(known_record(library, metadata.name))
+
+    with library.stage() as stage:
+        received = await receive(request, stage, service.settings, expect)
         service.metrics.upload_bytes.inc(received.num_bytes)
         wanted = received.metadata
-        if dry_run:
-            unchanged(request)
-            prepared = await front.library.check(stage)
-            return _json(
-                CheckResource(
-                    name=wanted.name,
-                    digest=stage.manifest_digest,
-                    bytes=sum(file.size for file in stage.files),
-                    files=file_resources(stage.files),
-                    report=dict(prepared.report),
-                ),
-                200,
-            )
-        committed = await front.library.add(
-            stage,
-            wanted.name,
-            aliases=received.aliases,
-            create_only=wanted.if_exists == "error",
-        )
-    version = committed.version
-    in_flight = front.library.catalog.leases.count(version.name, version.version)
-    shown = version_resource(version, Residents(await front.engine.residency()), in_flight)
-    answer = _json(shown, 201 if committed.created else 200)
-    answer.headers["location"] = f"/admin/v1/adapters/{version.name}/versions/{version.version}"
-    return answer
-
-
-def _json(body: VersionResource | CheckResource, status: int) -> Response:
-    return JSONResponse(body.model_dump(mode="json"), status)
+        order = UploadOrder(wanted.name, received.aliases, wanted.if_exists == "error", dry_run, precondition)
+        return await carry_out(request, stage, order)

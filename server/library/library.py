@@ -23,7 +23,7 @@ from adapters_store.catalog import Catalog, Committed, Page
 from adapters_store.errors import AdapterNotFound
 from adapters_store.images import StagedImage, StoredImage
 from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name, parse_reference
-from adapters_store.record import AdapterRecord, AdapterVersion, Content, Source, VersionState
+from adapters_store.record import AdapterRecord, AdapterVersion, Content, Expectation, Source, VersionState
 from adapters_store.staging import Stage, StageLimits
 from peft_core.traits import AdapterTraits
 from server.engine.request import AdapterTicket
@@ -33,6 +33,7 @@ from server.library.errors import AdapterUnusable
 from server.library.lease import AdapterLease
 from server.library.probe import Probe
 from server.library.registrar import Discovered, OnEach, Registrar
+from server.library.releases import Releases
 from server.library.shared_work import SharedWork
 from server.loader.errors import AdapterRefused
 from server.loader.job import Loader, Prepared, PrepareJob
@@ -57,6 +58,7 @@ class Library:
         self._loader = loader
         self._max_rank = max_rank
         self._work = SharedWork()
+        self.releases = Releases(catalog)
         self._registrar = Registrar(catalog, self.add)
 
     @classmethod
@@ -85,6 +87,7 @@ class Library:
     async def close(self) -> None:
         """Gives up work in progress, ends the loader and lets go of the store. Again is harmless."""
         await self._work.close()
+        await self.releases.close()
         await self._loader.close()
         self.catalog.close()
 
@@ -120,6 +123,7 @@ class Library:
         source: Source | None = None,
         aliases: Iterable[str] = (DEFAULT_ALIAS,),
         create_only: bool = False,
+        expect: Expectation | None = None,
     ) -> Committed:
         """Makes a complete stage a version of `name` and moves `aliases` to it; see `Catalog.commit`.
 
@@ -127,14 +131,21 @@ class Library:
         same files and name do the work once.
 
         Raises:
-            InvalidName, AdapterExists, DiskFull: nothing was committed.
+            InvalidName, AdapterExists, PreconditionFailed, DiskFull: nothing was committed.
             AdapterRefused, UploadRefused, LoaderUnavailable: as `check`.
+            GateFailed: the version is committed, and an alias with a gate was not moved to it.
         """
         wanted = source or Source("upload:")
-        return await self._work.finish(self._add(stage.take_over(), name, wanted, tuple(aliases), create_only))
+        return await self._work.finish(self._add(stage.take_over(), name, wanted, tuple(aliases), create_only, expect))
 
     async def _add(
-        self, stage: Stage, name: str, source: Source, aliases: tuple[str, ...], create_only: bool
+        self,
+        stage: Stage,
+        name: str,
+        source: Source,
+        aliases: tuple[str, ...],
+        create_only: bool,
+        expect: Expectation | None,
     ) -> Committed:
         try:
             check_name(name)
@@ -143,8 +154,14 @@ class Library:
             async with self._work.turn(f"{name} {stage.manifest_digest}"):
                 known = self.catalog.find_content(name, stage.manifest_digest)
                 content, image = (known.content, None) if known is not None else await self._prepare(stage)
+                gated = await self.releases.gated(name, aliases)
+                free = [alias for alias in aliases if alias not in gated]
                 commit = functools.partial(self.catalog.commit, stage, name, content, source)
-                committed = await asyncio.to_thread(commit, image=image, aliases=aliases, create_only=create_only)
+                committed = await asyncio.to_thread(
+                    commit, image=image, aliases=free, create_only=create_only, expect=expect
+                )
+            for alias in gated:
+                await self.releases.move(name, alias, {committed.version.version: 1})
             self._registrar.failures.pop(name, None)
             return committed
         finally:
@@ -170,11 +187,14 @@ class Library:
 
     # --------------------------------------------------------------------- using
 
-    def look_up(self, reference: str) -> AdapterVersion:
-        """The version that a reference means now. Raises InvalidName, NotFound, AdapterUnusable (failed directory)."""
+    def look_up(self, reference: str, key: str | None = None) -> AdapterVersion:
+        """The version that a reference means now; where it means several by weight, the one for `key`, else any.
+
+        Raises InvalidName, NotFound, AdapterUnusable (failed directory).
+        """
         parsed = parse_reference(reference)
         try:
-            return self.catalog.look_up(parsed)
+            return self.catalog.look_up(parsed, key)
         except AdapterNotFound as error:
             if parsed.name in self._registrar.failures:
                 raise AdapterUnusable(
@@ -182,8 +202,8 @@ class Library:
                 ) from error
             raise
 
-    async def resolve(self, reference: str) -> AdapterLease:
-        """A lease on the version that a reference means now, its image in place. Release it when the request ends.
+    async def resolve(self, reference: str, key: str | None = None) -> AdapterLease:
+        """A lease on the version that `look_up` finds, its image in place. Release it when the request ends.
 
         Raises:
             InvalidName, NotFound: there is no such thing.
@@ -191,9 +211,13 @@ class Library:
             LoaderUnavailable: its image is missing and could not be packed now; try again.
         """
         self.look_up(reference)
-        lease = self.catalog.lease(parse_reference(reference))
+        lease = self.catalog.lease(parse_reference(reference), key)
         try:
             return AdapterLease(lease, await self.ensure_image(lease.version))
+        except AdapterUnusable:
+            self.releases.observe(lease.version.name, lease.version.version, failed=True)
+            lease.release()
+            raise
         except BaseException:
             lease.release()
             raise
@@ -277,10 +301,6 @@ class Library:
             return AdapterRecord(name, failure=failure)
 
     # ------------------------------------------------------------------ changing
-
-    async def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Raises InvalidName, AdapterNotFound, VersionNotFound."""
-        await asyncio.to_thread(self.catalog.set_alias, name, alias, version)
 
     async def delete(
         self, name: str, version: int | None = None, *, force: bool = False, drain_timeout_s: float = 0.0

@@ -80,7 +80,7 @@ def test_a_file_sent_twice_is_refused(stage: Stage) -> None:
 
 
 def test_a_file_over_its_cap_is_refused_and_its_bytes_are_gone(stage: Stage) -> None:
-    with pytest.raises(TooLarge, match="1000 bytes for one file"):
+    with pytest.raises(TooLarge, match="1000 bytes for one such file"):
         stage.add_file("README.md", [b"x" * 600, b"x" * 600])
     assert list(stage.directory.iterdir()) == []
     stage.add_file("README.md", [b"x" * 1000])  # exactly the cap fits, and the refused bytes do not count

@@ -1,0 +1,111 @@
+"""What is to become of an uploaded adapter, however its files came: checked only, or committed under a name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from adapters_store.errors import AdapterNotFound
+from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name
+from adapters_store.record import AdapterRecord
+from adapters_store.staging import Stage
+from server.api.audit import unchanged
+from server.api.errors import AdminRefusal
+from server.api.preconditions import Precondition, etag_header
+from server.api.resources import CheckResource, Residents, file_resources, version_resource
+from server.api.service import Service
+from server.engine.errors import EngineUnavailable
+from server.front.front import Front
+from server.library.library import Library
+
+
+@dataclass(frozen=True, slots=True)
+class UploadOrder:
+    name: str
+    aliases: tuple[str, ...]  # that move to the version
+    create_only: bool = False
+    dry_run: bool = False
+    precondition: Precondition = field(default_factory=Precondition)
+
+
+def wanted_aliases(name: str, alias: str | None, promote: bool) -> tuple[str, ...]:
+    """The aliases that move to a new version of `name`. Raises InvalidName."""
+    check_name(name)
+    named = () if alias is None else (check_alias(alias),)
+    return (*((DEFAULT_ALIAS,) if promote else ()), *named)
+
+
+def require_known_query(request: Request, known: Collection[str]) -> None:
+    """Raises AdminRefusal for a parameter that there is not: a misspelt `dry_run` must not commit."""
+    for name in request.query_params:
+        if name == "version":
+            raise AdminRefusal(
+                422, "invalid_upload", "the store numbers versions itself; use `If-Match` to be sure of what was there"
+            )
+        if name not in known:
+            raise AdminRefusal(
+                422, "invalid_upload", f"unknown parameter {name[:80]!r}; there are {', '.join(sorted(known))}"
+            )
+
+
+def known_record(library: Library, name: str) -> AdapterRecord | None:
+    try:
+        return library.catalog.record(name)
+    except AdapterNotFound:
+        return None
+
+
+async def carry_out(request: Request, stage: Stage, order: UploadOrder) -> Response:
+    """Check the complete stage, and commit it unless it is a dry run.
+
+    Raises what `Library.check` and `Library.add` raise.
+    """
+    service: Service = request.app.state.service
+    front = service.front
+    order.precondition.check(known_record(front.library, order.name))
+    if order.dry_run:
+        unchanged(request)
+        return _json(await _check(front, stage, order.name), 200)
+    committed = await front.library.add(
+        stage,
+        order.name,
+        aliases=order.aliases,
+        create_only=order.create_only,
+        expect=order.precondition.check,
+    )
+    version = committed.version
+    in_flight = front.library.catalog.leases.count(version.name, version.version)
+    shown = version_resource(version, await _residents(front), in_flight)
+    answer = _json(shown, 201 if committed.created else 200)
+    answer.headers["location"] = f"/admin/v1/adapters/{version.name}/versions/{version.version}"
+    record = known_record(front.library, version.name)
+    if record is not None:  # else it has been deleted again already
+        answer.headers["etag"] = etag_header(record)
+    return answer
+
+
+async def _check(front: Front, stage: Stage, name: str) -> CheckResource:
+    prepared = await front.library.check(stage)
+    return CheckResource(
+        name=name,
+        digest=stage.manifest_digest,
+        bytes=sum(file.size for file in stage.files),
+        files=file_resources(stage.files),
+        report=dict(prepared.report),
+    )
+
+
+async def _residents(front: Front) -> Residents:
+    """Nobody while the engine restarts: the version is committed all the same, and the caller must hear so."""
+    try:
+        return Residents(await front.engine.residency())
+    except EngineUnavailable:
+        return Residents(())
+
+
+def _json(body: BaseModel, status: int) -> Response:
+    return JSONResponse(body.model_dump(mode="json"), status)
