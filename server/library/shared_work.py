@@ -21,12 +21,12 @@ class SharedWork:
 
     async def finish(self, job: Coroutine[Any, Any, Result]) -> Result:
         """Runs a job to its end and returns or raises what it does."""
-        return await asyncio.shield(self._start(job))
+        return await asyncio.shield(self.start(job))
 
     async def share(self, key: str, make_job: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """As `finish`, but joins the job of this key that is going on already, if there is one."""
         if key not in self._shared:
-            task = self._shared[key] = self._start(make_job())
+            task = self._shared[key] = self.start(make_job())
             task.add_done_callback(lambda _: self._shared.pop(key))
         result: Result = await asyncio.shield(self._shared[key])
         return result
@@ -50,7 +50,8 @@ class SharedWork:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _start(self, job: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+    def start(self, job: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """Runs a job that nobody waits for, or somebody else does."""
         task = asyncio.create_task(job)
         self._tasks.add(task)
         task.add_done_callback(self._end)
