@@ -31,7 +31,8 @@ ConfigOf = Callable[[PreTrainedModel, str], Any]  # (model, architecture) -> Pef
 def _lora(**values: Any) -> ConfigOf:
     def config(model: PreTrainedModel, arch: str) -> Any:
         given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": all_targets(arch), **CAUSAL, **values}
-        return peft.LoraConfig(**{key: value(model) if callable(value) else value for key, value in given.items()})
+        resolved: dict[str, Any] = {name: value(model) if callable(value) else value for name, value in given.items()}
+        return peft.LoraConfig(**resolved)
 
     return config
 
