@@ -81,7 +81,7 @@ def _with_first_linear(suffix: Callable[[PreTrainedModel], str]) -> ConfigOf:
 
 def _alora(model: PreTrainedModel, arch: str) -> Any:
     targets = attention_targets(arch) if arch == "opt" else all_targets(arch)  # PEFT fails on rows that OPT flattens
-    values = {"r": 4, "lora_alpha": 8, "alora_invocation_tokens": INVOCATION}
+    values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "alora_invocation_tokens": INVOCATION}
     return peft.LoraConfig(target_modules=targets, **values, **CAUSAL)
 
 
