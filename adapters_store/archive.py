@@ -168,14 +168,16 @@ class _Inflated:
                 return piece
 
     def _inflate(self, num_bytes: int) -> bytes:
-        if self._inflater.eof:  # it would take what follows as unused once more
+        """What the bytes at hand become; nothing once the member has ended."""
+        inflater = self._inflater
+        if inflater.eof:  # it would take what follows as unused once more
             return b""
         try:
-            piece = self._inflater.decompress(self._waiting, num_bytes)
+            return inflater.decompress(self._waiting, num_bytes)
         except zlib.error as error:
             raise MalformedArchive(f"the gzip archive is damaged: {error}") from None
-        self._waiting = b"" if self._inflater.eof else self._inflater.unconsumed_tail
-        return piece
+        finally:
+            self._waiting = inflater.unconsumed_tail
 
     def _go_on(self) -> bool:
         """After nothing came out: more of the file, or the next member. False at the end."""
