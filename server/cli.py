@@ -2,7 +2,8 @@
 
     veneer serve [MODEL] [flags]      veneer adapters push|list|show|load|evict|rm|inspect|convert
     veneer generate MODEL [PROMPT]    veneer config show [flags]
-    veneer demo                       veneer version
+    veneer keys add|list|revoke|usage veneer version
+    veneer demo
 
 Heavy modules are imported by the command that needs them, so that `--help` and `version` answer at once.
 """
@@ -14,7 +15,7 @@ import sys
 
 import typer
 
-from server import cli_adapters, cli_generate
+from server import cli_adapters, cli_generate, cli_keys
 from server.flags import SettingsError, changed, read_settings, show
 from server.version import VERSION
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(cli_adapters.app, name="adapters")
+app.add_typer(cli_keys.app, name="keys")
 app.add_typer(config_app, name="config")
 app.command()(cli_generate.generate)
 

@@ -6,38 +6,25 @@ Exit codes: 0 done, 1 the server said no, 2 wrong usage, 3 the server cannot be 
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from adapters_store.errors import StoreError
 from server import cli_inspect
-from server.admin_client import AdminClient, RequestFailed
+from server.cli_server import DEFAULT_URL, AsJson, Key, Url, ask
 from server.library.directory import adapter_in
-
-SAID_NO, WRONG_USAGE, UNREACHABLE = 1, 2, 3
 
 app = typer.Typer(help="The adapters of a running server; `inspect` and `convert` need none.", no_args_is_help=True)
 app.command("inspect")(cli_inspect.inspect_adapter)
 app.command("convert")(cli_inspect.convert_adapter)
-Url = Annotated[str, typer.Option("--url", envvar="VENEER_URL", help="The server's address.")]
-Key = Annotated[
-    str | None,
-    typer.Option("--key", help="Admin key. Default: the first of $VENEER_ADMIN_API_KEY, else of $VENEER_API_KEY."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 AdapterName = Annotated[str, typer.Argument(metavar="NAME")]
-_DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 @app.command("list")
-def list_adapters(url: Url = _DEFAULT_URL, key: Key = None, as_json: AsJson = False, prefix: str = "") -> None:
+def list_adapters(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False, prefix: str = "") -> None:
     """The registered adapters, and where they are."""
-    found = _ask(url, key, lambda client: client.list(prefix))
+    found = ask(url, key, lambda client: client.list(prefix))
     if as_json:
         print(json.dumps(found))
         return
@@ -47,16 +34,16 @@ def list_adapters(url: Url = _DEFAULT_URL, key: Key = None, as_json: AsJson = Fa
 
 
 @app.command()
-def show(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
+def show(name: AdapterName, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Everything about one adapter, as JSON."""
-    print(json.dumps(_ask(url, key, lambda client: client.show(name)), indent=2))
+    print(json.dumps(ask(url, key, lambda client: client.show(name)), indent=2))
 
 
 @app.command()
 def push(
     name: AdapterName,
     directory: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="As PEFT's save_pretrained left it.")],
-    url: Url = _DEFAULT_URL,
+    url: Url = DEFAULT_URL,
     key: Key = None,
     alias: Annotated[str | None, typer.Option(help="An alias to point to the new version.")] = None,
     promote: Annotated[bool, typer.Option(help="Whether the bare name means the new version.")] = True,
@@ -64,7 +51,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter; a known name gets a new version, known content does not."""
-    answer = _ask(
+    answer = ask(
         url,
         key,
         lambda client: client.push(name, adapter_in(directory), alias=alias, promote=promote, dry_run=dry_run),
@@ -81,44 +68,25 @@ def push(
 
 
 @app.command()
-def load(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
+def load(name: AdapterName, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Bring an adapter to the device now; requests do that by themselves."""
-    answer = _ask(url, key, lambda client: client.load(name))
+    answer = ask(url, key, lambda client: client.load(name))
     print(f"{answer['name']}@{answer['version']} is on the device")
 
 
 @app.command()
-def evict(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
+def evict(name: AdapterName, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Take an adapter off the device; it stays registered."""
-    _ask(url, key, lambda client: client.evict(name))
+    ask(url, key, lambda client: client.evict(name))
     print(f"{name} is off the device")
 
 
 @app.command()
-def rm(name: AdapterName, url: Url = _DEFAULT_URL, key: Key = None) -> None:
+def rm(name: AdapterName, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Delete an adapter with all its versions; requests that run on it finish."""
-    answer = _ask(url, key, lambda client: client.delete(name))
+    answer = ask(url, key, lambda client: client.delete(name))
     left = f", {answer['requests_left']} requests still run on it" if answer["requests_left"] else ""
     print(f"{name} is deleted{left}")
-
-
-def _ask(url: str, key: str | None, question: Callable[[AdminClient], Any]) -> Any:
-    try:
-        return question(AdminClient(url, key or _key_of_environment()))
-    except RequestFailed as error:
-        print(f"veneer: {error}", file=sys.stderr)
-        raise typer.Exit(UNREACHABLE if error.status is None else SAID_NO) from None
-    except (ValueError, OSError, StoreError) as error:
-        print(f"veneer: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_USAGE) from None
-
-
-def _key_of_environment() -> str | None:
-    for variable in ("VENEER_ADMIN_API_KEY", "VENEER_API_KEY"):
-        keys = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
-        if keys:
-            return keys[0]
-    return None
 
 
 def _line(adapter: dict[str, Any]) -> str:

@@ -23,8 +23,10 @@ from server.api.app import create_app
 from server.api.service import Service
 from server.front.errors import CannotStart
 from server.front.front import Front
+from server.keys import KeysFileError, read_keys
 from server.progress import Progress, ready_lines
 from server.settings import Settings
+from server.usage import UsageLedger
 
 STOPPED_AT_ONCE = 1
 STARTUP_FAILED = 3
@@ -38,19 +40,27 @@ def serve(settings: Settings) -> int:
     if settings.log_level == "info":  # what uvicorn says of starting and stopping is said better here
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
     _allow_many_connections()
-    if not (settings.is_loopback or settings.api_key):
+    if not (settings.is_loopback or settings.api_key or settings.keys_file):
         log.warning("no API key is set: whoever reaches %s may generate. Set one with --api-key.", settings.bind_host)
     try:
-        listener = listen(settings.bind_host, settings.port)
-    except OSError as error:
-        print(
-            f"veneer: cannot listen on {settings.bind_host}:{settings.port}: {error.strerror}. "
-            "Choose another address with --port or --host.",
-            file=sys.stderr,
-        )
+        if settings.keys_file is not None:
+            read_keys(settings.keys_file)
+    except KeysFileError as error:
+        print(f"veneer: {error}", file=sys.stderr)
         return STARTUP_FAILED
-    with listener:
-        return asyncio.run(_run(settings, listener))
+    with contextlib.ExitStack() as opened:
+        listeners = []
+        for port in (settings.port, settings.admin_port):
+            try:
+                listeners += [] if port is None else [opened.enter_context(listen(settings.bind_host, port))]
+            except OSError as error:
+                print(
+                    f"veneer: cannot listen on {settings.bind_host}:{port}: {error.strerror}. "
+                    "Choose another address with --port, --admin-port or --host.",
+                    file=sys.stderr,
+                )
+                return STARTUP_FAILED
+        return asyncio.run(_run(settings, listeners))
 
 
 def _allow_many_connections() -> None:
@@ -74,7 +84,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _run(settings: Settings, listener: socket.socket) -> int:
+async def _run(settings: Settings, listeners: list[socket.socket]) -> int:
+    """Serve on the listeners, the first of which is told to people."""
     app = create_app(settings)
     service: Service = app.state.service
     server = _Server(_uvicorn_config(settings, app))
@@ -82,7 +93,7 @@ async def _run(settings: Settings, listener: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=listeners))
     progress = Progress(sys.stderr)
     starting = asyncio.create_task(_start(settings, progress))
     stopping = asyncio.create_task(stop.wait())
@@ -93,13 +104,15 @@ async def _run(settings: Settings, listener: socket.socket) -> int:
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         front = starting.result()
+        if settings.usage_ledger:
+            service.ledger = UsageLedger(settings.store_path / "usage")
     except (CannotStart, OSError, ValueError) as error:
         service.fail(str(error))
         print(f"veneer: could not start: {error}", file=sys.stderr)
         return STARTUP_FAILED
     else:
         service.attach(front)
-        port = listener.getsockname()[1]
+        port = listeners[0].getsockname()[1]
         shown = [record.name for record in front.library.page(limit=2, state=VersionState.READY).records]
         num_adapters = front.library.num_by_state()[VersionState.READY]
         print("\n".join(ready_lines(settings, shown, num_adapters, port, progress.total_s)), flush=True)
@@ -113,6 +126,8 @@ async def _run(settings: Settings, listener: socket.socket) -> int:
         stopping.cancel()
         server.should_exit = True
         await asyncio.gather(stopping, serving, return_exceptions=True)
+        if service.ledger is not None:
+            await asyncio.to_thread(service.ledger.close)
 
 
 def _on_signal(stop: asyncio.Event) -> None:

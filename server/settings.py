@@ -249,6 +249,9 @@ class Settings(BaseModel):
     metrics_max_adapters: int = _setting(
         100, "Observing", 'Adapters with series of their own; the others share adapter="__other__".', ge=0
     )
+    usage_ledger: bool = _setting(
+        True, "Observing", "Keep in the store how many tokens every key had of every adapter version."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Observing", "What is worth a log line.")
     access_log: bool = _setting(False, "Observing", "One log line per HTTP request.")
     enable_docs: bool = _setting(True, "Observing", "Serve /docs and /openapi.json.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import adapters, audits, errors, generate, health, operations, scrape, upload_archive, uploads
+from server.api import adapters, audits, errors, generate, health, operations, scrape, upload_archive, uploads, usage
 from server.api.auth import GuardedRoute
 from server.api.doorstep import Doorstep
 from server.api.service import Service
@@ -28,6 +28,7 @@ ROUTERS = (
     scrape.router,
     operations.router,
     audits.router,
+    usage.router,
     uploads.router,
     adapters.router,
     upload_archive.router,

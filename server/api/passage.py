@@ -20,6 +20,7 @@ from server.api.service import Service
 from server.front.generation import Generation, ResolvedAdapter
 from server.front.text import TextDelta, TextFinish, TextRequest
 from server.library.library import Library
+from server.usage import Account, Use
 
 _MAX_CANDIDATES = 500  # compared with a mistyped name; more would hold up the event loop
 
@@ -37,6 +38,7 @@ class Passage:
         self._submitted_s = time.perf_counter()
         self._adapter: ResolvedAdapter | None = None
         self._finishes: list[TextFinish] = []
+        self._num_sent = 0  # tokens
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """The front's deltas, in a house that knows how many guests it has."""
@@ -44,10 +46,14 @@ class Passage:
             generation = await self._open()
             self._adapter = generation.adapter
             async with aclosing(generation.deltas()) as deltas:
-                async for delta in deltas:
-                    if delta.finish is not None:
-                        self._finishes.append(delta.finish)
-                    yield delta
+                try:
+                    async for delta in deltas:
+                        self._num_sent += len(delta.tokens)
+                        if delta.finish is not None:
+                            self._finishes.append(delta.finish)
+                        yield delta
+                finally:
+                    self._note_use(generation.num_prompt_tokens)
 
     async def _open(self) -> Generation:
         """Raises what the front raises, and Forbidden; an unknown name comes with those that are near it."""
@@ -60,6 +66,19 @@ class Passage:
             if not near:
                 raise
             raise AdapterNotFound(f"{error} Did you mean {' or '.join(map(repr, near))}?") from None
+
+    def _note_use(self, num_prompt_tokens: int) -> None:
+        if self.service.ledger is None:
+            return
+        name, version = self._adapter or ("", 0)
+        use = Use(
+            requests=1,
+            unfinished=int(len(self._finishes) < self.asked.num_sequences),
+            prompt_tokens=num_prompt_tokens,
+            cached_tokens=max((finish.num_cached for finish in self._finishes), default=0),
+            generated_tokens=self._num_sent,
+        )
+        self.service.ledger.note(Account(self._caller.name, name, version), use)
 
     def _require_in_scope(self) -> None:
         """Raises AdapterNotFound, InvalidName or Forbidden."""

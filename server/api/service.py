@@ -24,6 +24,7 @@ from server.api.metrics import DoorMetrics
 from server.api.operation import OperationBook
 from server.front.front import Front
 from server.settings import Settings
+from server.usage import UsageLedger
 
 log = logging.getLogger("veneer.http")
 State = Literal["starting", "ready", "draining", "failed"]
@@ -40,6 +41,7 @@ class Service:
         self.operations = OperationBook(self.audit.note_operation)
         self.in_house = 0
         self.started_at = time.time()
+        self.ledger: UsageLedger | None = None
         self._state: State = "starting"
         self._reason = "the base model is being loaded"
         self._front: Front | None = None

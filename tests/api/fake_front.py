@@ -117,6 +117,7 @@ class FakeGeneration:
         self._request = request
         self._lease = lease
         self.adapter = None if lease is None else ResolvedAdapter(lease.version.name, lease.version.version)
+        self.num_prompt_tokens = len(str(request.prompt).split())
         self._is_closed = False
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
