@@ -10,8 +10,9 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 
-from server.api.auth import admin, guarded_router, takes_upload
-from server.api.documented import ADMIN_UPLOAD, Responses
+from server.api.auth import admin, guarded_router, scoped, takes_upload
+from server.api.caller import caller_of
+from server.api.documented import ADMIN_ONE, ADMIN_UPLOAD, Responses
 from server.api.preconditions import Precondition
 from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
@@ -24,6 +25,7 @@ _BODY = {
 }
 _RESPONSES: Responses = {
     **ADMIN_UPLOAD,
+    404: ADMIN_ONE[404],
     200: {"description": "Known content, or a dry run.", "model": VersionResource | CheckResource},
     201: {"description": "A new version.", "model": VersionResource},
 }
@@ -31,6 +33,7 @@ _RESPONSES: Responses = {
 
 @router.post("/adapters", summary="Upload an adapter", status_code=201, responses=_RESPONSES, openapi_extra=_BODY)
 @admin
+@scoped
 @takes_upload
 async def upload(
     request: Request,
@@ -43,6 +46,7 @@ async def upload(
     precondition = Precondition.of(request.headers)
 
     def expect(metadata: UploadMetadata) -> None:
+        caller_of(request).require(metadata.name)
         precondition.check(known_record(library, metadata.name))
 
     with library.stage() as stage:
