@@ -30,6 +30,7 @@ from adapters_store.staging import (
     WEIGHTS_FILE,
     is_allowed,
 )
+from peft_core.errors import AdapterError
 from peft_core.methods import check, decode
 from server.convert.errors import ConversionRefused
 from server.convert.mlx import from_mlx, is_mlx
@@ -141,11 +142,16 @@ def _make_plain(work: Path, base: Path, done: Conversion) -> None:
     config = read_config(work / CONFIG_FILE)
     tensors = AdapterTensors({path.name: str(path) for path in work.iterdir()})
     on_disk = BaseOnDisk.open(base)
-    report = check(config, tensors.header, on_disk.spec)
-    if report.kind == "LORA" and not report.needs_base:
-        done.steps.append("the base was not needed: this LoRA is complete without it")
-        return
-    forms, _ = decode(config, tensors, on_disk.spec, on_disk.weights)
+    try:
+        report = check(config, tensors.header, on_disk.spec)
+        if report.kind == "LORA" and not report.needs_base:
+            done.steps.append("the base was not needed: this LoRA is complete without it")
+            return
+        forms, _ = decode(config, tensors, on_disk.spec, on_disk.weights)
+    except AdapterError as error:
+        raise ConversionRefused(
+            f"it cannot be rewritten as plain LoRA on this base: {error} To convert its files only, leave --base out."
+        ) from error
     plain, made = plain_lora(config, forms, report.kind)
     _write(work, plain, made)
     (work / HUB_WEIGHTS_FILE).unlink(missing_ok=True)

@@ -29,4 +29,5 @@ class BaseOnDisk(NamedTuple):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         spec = BaseModelSpec.from_model(model, fingerprint_of_files(directory))
-        return cls(spec, BaseFiles(directory, spec))
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        return cls(spec, BaseFiles(directory, spec, dtype))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from server.convert.conversion import convert
 from server.convert.errors import ConversionRefused
+from tests.kinds.zoo import make_adapter
 from tests.peft_core.adapter_files import logits_of, relative_error
 from tests.tiny_models import HIDDEN, attention_targets, load_oracle, make_lora, make_model, random_prompt
 
@@ -209,3 +210,26 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
         convert(tmp_path / "nowhere", tmp_path / "new")
     with pytest.raises(ConversionRefused, match="GGUF"):
         convert(tmp_path / "x.gguf", tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["ia3", "oft", "prompt", "fourierft"])
+def test_what_no_lora_equals_is_refused_with_a_base_and_kept_without(tmp_path: Path, kind: str) -> None:
+    model = make_model("llama", seed=3)
+    model.save_pretrained(tmp_path / "base")
+    source = make_adapter(kind, model, "llama", tmp_path / "src")
+    with pytest.raises(ConversionRefused, match="without --base"):
+        convert(source, tmp_path / "dst", tmp_path / "base")
+    convert(source, tmp_path / "dst")
+    weights = (tmp_path / "dst" / "adapter_model.safetensors").read_bytes()
+    assert weights == (source / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["hra", "loha"])
+def test_other_kinds_that_are_low_rank_become_lora_too(tmp_path: Path, kind: str) -> None:
+    model = make_model("llama", seed=3)
+    model.save_pretrained(tmp_path / "base")
+    source = make_adapter(kind, model, "llama", tmp_path / "src")
+    expected = logits_of_adapter(model, source)
+    convert(source, tmp_path / "dst", tmp_path / "base")
+    assert json.loads((tmp_path / "dst" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert relative_error(logits_of_adapter(model, tmp_path / "dst"), expected) < 1e-5
