@@ -98,6 +98,7 @@ class Download:
         sizes = [file.size for file in listing.files]
         self._total = sum(size for size in sizes if size is not None) if None not in sizes else None
         self._require_room(sum(size or 0 for size in sizes))
+        self._tell(force=True)
         for file in listing.files:
             with self._stage.open_file(file.name, num_bytes=file.size, sha256=file.sha256) as sink:
                 for chunk in source.read(file):
