@@ -233,6 +233,27 @@ class Settings(BaseModel):
         metavar="SIZE",
         aliases=("--kv-cache-memory-bytes",),
     )
+    adapter_memory: Size | None = _setting(
+        None,
+        "Memory and threads",
+        "Most of the pool that adapters may take. Default: whatever K/V blocks leave.",
+        gt=0,
+        metavar="SIZE",
+    )
+    host_adapter_memory: Size | None = _setting(
+        None,
+        "Memory and threads",
+        "Memory outside the pool for copies of adapters, from which they come back without the disk. Default: 0 on a "
+        "CPU, where the pool is host memory itself and the page cache does the same; beside a GPU up to 8G.",
+        ge=0,
+        metavar="SIZE",
+    )
+    adapter_eviction: Literal["weighed", "lru"] = _setting(
+        "weighed",
+        "Memory and threads",
+        "Which idle adapter makes room: weighed by age, use, size and the cost of its reload, or the least recently "
+        "used.",
+    )
     enable_prefix_caching: bool = _setting(
         True, "Memory and threads", "Keep K/V of finished prompts and reuse them for equal beginnings."
     )

@@ -1,48 +1,30 @@
-"""Which adapters are on the device, which slot each has, and who goes when there is no room.
+"""Which adapters are brought to the device, and when; what is asked of them, and what is told.
 
-    DISK --load--> LOADING --read done--> DEVICE --evicted--> DISK          FAILED --30 s or explicit load--> LOADING
+    DISK --load--> LOADING --read done--> DEVICE --evicted--> HOST or DISK     FAILED --30 s or explicit load--> LOADING
                           \\--read broken--> FAILED
 
-It knows keys, units and slots; not what an image contains (the residency does) nor how it is read (the reader does).
-A *pin* is one running sequence on the adapter; only unpinned adapters are evicted, least recently used first.
+It knows keys and sizes; not where an adapter lies (`DeviceAdapters`), nor what an image contains (the residency), nor
+how it is read and whether the host tier holds a copy (the reader).
+A *pin* is one running sequence on the adapter; only unpinned adapters are evicted, those first whose loss the eviction
+policy holds to be least. A *kept* adapter is one that the operator wants to stay: it is loaded whenever it is not here,
+and is evicted only when otherwise nothing at all could run.
 It holds records of adapters that are resident, loading or failed, never of those merely registered, and no call walks
 over them except `residents`: `num_records_visited` counts, and a test holds it to the adapters in use.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter, OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
+from server.engine import policy
+from server.engine.adapter_records import FailureBook, describe, describe_failure, describe_host
 from server.engine.block_manager import BlockManager
+from server.engine.device_adapters import DeviceAdapters
 from server.engine.errors import AdapterBusy, AdapterLoadFailed, AdapterTooLarge, NoRoomForAdapter
-from server.engine.request import AdapterState, AdapterTicket, ResidentAdapter
+from server.engine.kept_adapters import KeptAdapters
+from server.engine.request import AdapterState, AdapterTicket, ResidentAdapter, Tier
 from server.engine.step import AdapterEvent, ImageRead, ImageReader, Residency
-
-RETRY_FAILED_AFTER_S = 30.0
-_MAX_FAILURES_KEPT = 1024
-
-_NO_SLOT = -1
-
-
-@dataclass(slots=True)
-class _Record:
-    ticket: AdapterTicket
-    state: AdapterState  # LOADING or DEVICE
-    first_unit: int
-    num_units: int
-    last_used_s: float
-    slot: int = _NO_SLOT  # given with DEVICE
-    num_pins: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    ticket: AdapterTicket
-    reason: str
-    since_s: float
 
 
 class AdapterManager:
@@ -57,39 +39,65 @@ class AdapterManager:
         unit_bytes: int,
         clock: Callable[[], float],
         max_bytes: int | None = None,
+        worth_of: policy.WorthOf = policy.worth_by_use,
     ) -> None:
-        self.num_records_visited = 0
         self.num_loads = 0
         self.num_load_failures = 0
-        self.evictions: Counter[str] = Counter()  # by reason: "adapter", "kv", "budget", "asked"
-        self.num_loading = 0
+        self.load_s: dict[str, float] = {}  # seconds of all loads by phase
+        self._num_visited = 0
         self._blocks = blocks
         self._reader = reader
-        self._residency = residency
         self._unit_bytes = unit_bytes
         self._clock = clock
         self._max_units = blocks.num_units if max_bytes is None else min(blocks.num_units, max_bytes // unit_bytes)
-        self._num_units = 0
-        self._records: dict[str, _Record] = {}
-        self._failures: dict[str, _Failure] = {}
-        self._idle: OrderedDict[str, _Record] = OrderedDict()  # least recently used first
-        self._by_slot: list[_Record | None] = []
-        self._free_slots: list[int] = []  # a heap
-        self._events: list[AdapterEvent] = []
-        blocks.on_run_evicted = self._on_run_evicted
-        self._by_first_unit: dict[int, _Record] = {}
+        self._failures = FailureBook(clock)
+        self._warming: dict[str, AdapterTicket] = {}  # on their way to the host tier
+        self._kept = KeptAdapters(self._max_units, unit_bytes)
+        self._device = DeviceAdapters(
+            blocks,
+            residency,
+            self._kept,
+            unit_bytes=unit_bytes,
+            max_units=self._max_units,
+            clock=clock,
+            worth_of=worth_of,
+            is_in_host=reader.is_in_host,
+        )
+
+    @property
+    def num_records_visited(self) -> int:
+        """Records looked at since the start; grows with the requests, not with the adapters that there are."""
+        return self._num_visited + self._device.num_evicted_for_budget
+
+    @property
+    def evictions(self) -> Counter[str]:
+        """By reason: "adapter", "kv", "budget", "asked", "kept"."""
+        return self._device.evictions
+
+    @property
+    def num_loading(self) -> int:
+        return self._device.num_loading
 
     @property
     def num_resident(self) -> int:
-        return len(self._records) - self.num_loading
+        return len(self._device.records) - self.num_loading
+
+    @property
+    def num_flights(self) -> int:
+        """Reads that have not ended, to the device or to the host tier."""
+        return self.num_loading + len(self._warming)
 
     @property
     def num_pins(self) -> int:
-        return sum(record.num_pins for record in self._records.values())
+        return sum(record.num_pins for record in self._device.records.values())
 
     def is_loading(self, key: str) -> bool:
-        record = self._records.get(key)
-        return record is not None and record.state is AdapterState.LOADING
+        return self.load_started(key) is not None
+
+    def load_started(self, key: str) -> int | None:
+        """The step in which the load that is going on began; None if there is none."""
+        record = self._device.records.get(key)
+        return record.started_tick if record is not None and record.state is AdapterState.LOADING else None
 
     def units_of(self, ticket: AdapterTicket) -> int:
         """Units that the image takes, at least one."""
@@ -117,22 +125,21 @@ class AdapterManager:
         """
         if not self.prefetch(ticket):
             return None
-        record = self._records[ticket.key]
+        record = self._device.records[ticket.key]
         if record.num_pins == 0:
-            del self._idle[ticket.key]
-            self._blocks.pin_run(record.first_unit)
+            self._device.hold(record)
         record.num_pins += 1
+        self._device.uses.count(ticket.key, self._blocks.tick)
         return record.slot
 
     def release(self, slot: int) -> None:
         """Undo one `acquire`."""
-        record = self._by_slot[slot]
-        assert record is not None, "released slots are bound"
+        record = self._device.slots[slot]
         assert record.num_pins > 0, "a pin is released once"
-        self.num_records_visited += 1
+        self._num_visited += 1
         record.num_pins -= 1
         if record.num_pins == 0:
-            self._touch(record)
+            self._device.touch(record)
 
     def prefetch(self, ticket: AdapterTicket) -> bool:
         """True if it is on the device (and now the youngest of the idle ones); else start its load if there is room.
@@ -140,199 +147,203 @@ class AdapterManager:
         Raises:
             AdapterLoadFailed: as `acquire`.
         """
-        self.num_records_visited += 1
-        record = self._records.get(ticket.key)
+        self._num_visited += 1
+        record = self._device.records.get(ticket.key)
         if record is not None:
             if record.state is AdapterState.DEVICE and record.num_pins == 0:
-                self._touch(record)
+                self._device.touch(record)
             return record.state is AdapterState.DEVICE
-        failure = self._failures.get(ticket.key)
-        if failure is not None and self._clock() - failure.since_s < RETRY_FAILED_AFTER_S:
+        if (failure := self._failures.recent(ticket.key)) is not None:
             raise AdapterLoadFailed(f'adapter "{ticket.name}" could not be loaded: {failure.reason}')
         self._start(ticket)
         return False
 
+    def expect(self, ticket: AdapterTicket, *, may_take_room: bool) -> None:
+        """A request for it has arrived: bring it near before its turn comes, and to the device if that may cost others
+        their place. What is wrong with it is told to the request itself, later.
+        """
+        if (
+            ticket.key in self._device.records
+            or ticket.key in self._warming
+            or self._failures.recent(ticket.key) is not None
+        ):
+            return
+        if may_take_room and self.units_of(ticket) <= self._max_units:
+            self._start(ticket)
+        if ticket.key not in self._device.records and not self._reader.is_in_host(ticket.key):
+            self._warm(ticket)
+
+    def keep(self, tickets: Sequence[AdapterTicket]) -> None:
+        """From now on exactly these are kept: loaded now or as soon as there is room, and evicted last of all.
+
+        Raises:
+            NoRoomForAdapter: together they are too large; nothing is changed.
+        """
+        self._review(self._kept.replace(tickets, self.units_of))
+        self._load_kept()
+
+    def yield_kept(self) -> bool:
+        """Nothing can run: let kept adapters go until somebody got in. False if that gives nothing."""
+        here = [record for key in self._kept.tickets if (record := self._device.records.get(key)) is not None]
+        if self._kept.is_yielding or not any(record.num_pins == 0 and record.slot >= 0 for record in here):
+            return False
+        self._kept.is_yielding = True
+        self._review(self._kept.tickets)
+        return True
+
+    def resume_kept(self) -> None:
+        """Somebody got in: kept adapters stay again."""
+        if self._kept.is_yielding:
+            self._kept.is_yielding = False
+            self._review(self._kept.tickets)
+
     def touch(self, key: str) -> None:
         """Count a resident adapter as used just now."""
-        self.num_records_visited += 1
-        record = self._records[key]
+        self._num_visited += 1
+        record = self._device.records[key]
         if record.num_pins == 0:
-            self._touch(record)
+            self._device.touch(record)
 
-    def load(self, ticket: AdapterTicket) -> AdapterState:
-        """Explicit load: DEVICE, or LOADING with an event to follow. A failure in the past does not count.
+    def load(self, ticket: AdapterTicket, tier: Tier = Tier.DEVICE) -> AdapterState:
+        """Explicit load: where it is, or LOADING with an event to follow. A failure in the past does not count.
 
         Raises:
             AdapterTooLarge: never possible.
             NoRoomForAdapter: not possible now.
         """
+        self._failures.forget(ticket.key)
+        if tier is Tier.HOST:
+            return self._load_to_host(ticket)
         self.check_size(ticket)
-        self._failures.pop(ticket.key, None)
         if self.prefetch(ticket):
             return AdapterState.DEVICE
-        if ticket.key not in self._records:
+        if ticket.key not in self._device.records:
             raise NoRoomForAdapter(
                 f'adapter "{ticket.name}" needs {self.units_of(ticket)} contiguous units, and running requests and '
                 "their adapters leave no such room now. Load it later, or evict another adapter."
             )
         return AdapterState.LOADING
 
-    def evict(self, key: str) -> bool:
-        """Take it off the device; False if it is not there.
+    def evict(self, key: str, tier: Tier = Tier.DEVICE) -> bool:
+        """Take it off the device, or out of the host tier; False if it is not there.
 
         Raises:
-            AdapterBusy: running sequences use it, or it is being loaded.
+            AdapterBusy: running sequences use it, it is being loaded, or it is kept.
         """
-        record = self._records.get(key)
+        if tier is Tier.HOST:
+            return self._reader.drop(key)
+        record = self._device.records.get(key)
         if record is None:
             return False
         if record.state is AdapterState.LOADING:
             raise AdapterBusy(f'adapter "{record.ticket.name}" is being loaded; evict it when that has ended')
         if record.num_pins:
             raise AdapterBusy(f'adapter "{record.ticket.name}" is used by {record.num_pins} running requests')
-        self._evict(record, "asked")
+        if key in self._kept.tickets:
+            raise AdapterBusy(f'adapter "{record.ticket.name}" is pinned; unpin it first')
+        self._device.evict(record, "asked")
         return True
 
     def poll(self) -> None:
         """Take over the reads that ended: bind the good ones to slots, remember why the others failed."""
-        if not self.num_loading:
+        if self._kept.tickets:
+            self._load_kept()
+        if not self.num_flights:
             return
         for read in self._reader.poll():
-            self.num_records_visited += 1
-            self.num_loading -= 1
-            record = self._records[read.key]
-            error = self._bind(record, read)
-            if error is not None:
-                self._fail(record, error)
+            self._num_visited += 1
+            if read.is_for_host:
+                self._end_warming(read)
+                continue
+            self._end_load(read)
 
     def take_events(self) -> list[AdapterEvent]:
         """Changes of residency since the last call."""
-        events, self._events = self._events, []
+        events, self._device.events = self._device.events, []
         return events
 
-    def residents(self) -> list[ResidentAdapter]:
-        """All that are resident, loading or failed; walks over the records, so not for the step loop."""
-        here = [_describe(record) for record in self._records.values()]
-        failed = [
-            ResidentAdapter(key, f.ticket.name, AdapterState.FAILED, f.ticket.num_bytes, 0, 0, f.since_s, f.reason)
-            for key, f in self._failures.items()
-            if key not in self._records
-        ]
-        return here + failed
+    def residents(self, *, with_past: bool = False) -> list[ResidentAdapter]:
+        """All that are resident, loading, in the host tier or failed, and with the past those that were; walks over the
+        records, so not for the step loop.
+        """
+        now_s, tick = self._clock(), self._blocks.tick
+        found: dict[str, ResidentAdapter] = {}
+        for key, record in self._device.records.items():
+            is_kept, in_host = key in self._kept.tickets, self._reader.is_in_host(key)
+            found[key] = describe(record, now_s, self._device.uses.at(key, tick), is_kept=is_kept, in_host=in_host)
+        for image in self._reader.host_images():
+            found.setdefault(image.key, describe_host(image, now_s, is_kept=image.key in self._kept.tickets))
+        for failure in self._failures.all():
+            found.setdefault(failure.ticket.key, describe_failure(failure, now_s))
+        if with_past:
+            for past in self._device.uses.past(now_s):
+                found.setdefault(past.key, past)
+        return list(found.values())
 
     def check_integrity(self, pins_by_key: dict[str, int]) -> None:
-        """Compare records with the pool and with the running sequences' pins.
-
-        Raises:
-            AssertionError: our bookkeeping is wrong.
-        """
-        pins = {key: record.num_pins for key, record in self._records.items() if record.num_pins}
-        _require(pins == pins_by_key, f"pins are {pins}, running sequences hold {pins_by_key}")
-        runs = {record.first_unit: record.num_units for record in self._records.values()}
-        _require(runs == {run.first: run.num_units for run in self._blocks.runs.values()}, "runs without an adapter")
-        _require(self._num_units == sum(runs.values()), "units of adapters are miscounted")
-        idle = {k for k, r in self._records.items() if r.state is AdapterState.DEVICE and not r.num_pins}
-        _require(set(self._idle) == idle, "the list of idle adapters is wrong")
-        bound = {r.ticket.key: r.slot for r in self._by_slot if r is not None}
-        device = {k: r.slot for k, r in self._records.items() if r.state is AdapterState.DEVICE}
-        _require(bound == device, "slots and resident adapters differ")
-        _require(self.num_loading == len(self._records) - len(device), "loads are miscounted")
+        """Compare the books with each other, with the pool and with the running sequences' pins; see DeviceAdapters."""
+        self._device.check_integrity(pins_by_key)
 
     def _start(self, ticket: AdapterTicket) -> None:
-        num_units = self.units_of(ticket)
-        if not self._make_room_in_budget(num_units):
+        record = self._device.place(ticket, self.units_of(ticket))
+        if record is None:
             return
-        first_unit = self._blocks.take_run(num_units)
-        if first_unit is None:
-            return
-        record = _Record(ticket, AdapterState.LOADING, first_unit, num_units, self._clock())
-        self._failures.pop(ticket.key, None)
-        self._records[ticket.key] = record
-        self._by_first_unit[first_unit] = record
-        self._num_units += num_units
-        self.num_loading += 1
+        self._failures.forget(ticket.key)
         self.num_loads += 1
-        self._reader.start(ticket, first_unit, num_units)
+        self._reader.start(ticket, record.first_unit, record.num_units)
 
-    def _make_room_in_budget(self, num_units: int) -> bool:
-        if self._max_units == self._blocks.num_units:
-            return True  # no budget but the pool, which chooses by place as well as by age
-        while self._num_units + num_units > self._max_units:
-            oldest = next(iter(self._idle.values()), None)
-            if oldest is None or self._blocks.runs[oldest.first_unit].last_used == self._blocks.tick:
-                return False
-            self.num_records_visited += 1
-            self._evict(oldest, "budget")
-        return True
+    def _end_load(self, read: ImageRead) -> None:
+        record = self._device.records[read.key]
+        started_s = self._clock()
+        error = read.error or "the reader gave no reason"
+        if read.header is not None:
+            error = self._device.bind(record, read.header) or ""
+        record.load_s = {**read.phases_s, "bind": self._clock() - started_s}
+        self._count_phases(record.load_s)
+        if error:
+            self._device.give_up(record, error)
+            self._remember_failure(record.ticket, error)
 
-    def _bind(self, record: _Record, read: ImageRead) -> str | None:
-        """None, or why the image cannot serve."""
-        if read.header is None:
-            return read.error or "the reader gave no reason"
-        slot = heapq.heappop(self._free_slots) if self._free_slots else len(self._by_slot)
-        try:
-            self._residency.bind(slot, read.header, record.first_unit * self._unit_bytes)
-        except Exception as error:  # a broken image fails its own requests, whatever it is that breaks
-            if slot < len(self._by_slot):
-                heapq.heappush(self._free_slots, slot)
-            return f"{type(error).__name__}: {error}"
-        if slot == len(self._by_slot):
-            self._by_slot.append(None)
-        self._by_slot[slot] = record
-        record.slot = slot
-        record.state = AdapterState.DEVICE
-        self._touch(record)
-        self._tell(record, AdapterState.DEVICE, "")
-        return None
+    def _count_phases(self, phases_s: dict[str, float]) -> None:
+        for phase, seconds in phases_s.items():
+            self.load_s[phase] = self.load_s.get(phase, 0.0) + seconds
 
-    def _fail(self, record: _Record, reason: str) -> None:
+    def _load_to_host(self, ticket: AdapterTicket) -> AdapterState:
+        if not self._reader.has_host_room(ticket.num_bytes):
+            raise NoRoomForAdapter(
+                f'adapter "{ticket.name}" takes {ticket.num_bytes} bytes, more than the host tier of this server may '
+                "hold. Load it to the device, or start with a larger --host-adapter-memory."
+            )
+        if self._reader.is_in_host(ticket.key):
+            return AdapterState.HOST
+        self._warm(ticket)
+        return AdapterState.LOADING
+
+    def _warm(self, ticket: AdapterTicket) -> None:
+        if ticket.key not in self._warming and self._reader.warm(ticket):
+            self._warming[ticket.key] = ticket
+
+    def _end_warming(self, read: ImageRead) -> None:
+        ticket = self._warming.pop(read.key)
+        self._count_phases(read.phases_s)
+        if read.error is None:
+            self._device.events.append(AdapterEvent(ticket.key, ticket.name, AdapterState.HOST.value, ""))
+        else:
+            self._remember_failure(ticket, read.error)
+
+    def _load_kept(self) -> None:
+        for key, ticket in self._kept.tickets.items():
+            if self._kept.holds(key) and key not in self._device.records and self._failures.recent(key) is None:
+                self._start(ticket)
+
+    def _review(self, keys: Iterable[str]) -> None:
+        """Whether these are kept may have changed: evictable or not, where nobody runs on them."""
+        for key in keys:
+            record = self._device.records.get(key)
+            if record is not None and record.state is AdapterState.DEVICE and record.num_pins == 0:
+                self._device.touch(record)
+
+    def _remember_failure(self, ticket: AdapterTicket, reason: str) -> None:
         self.num_load_failures += 1
-        self._forget(record)
-        self._blocks.free_run(record.first_unit)
-        self._failures[record.ticket.key] = _Failure(record.ticket, reason, self._clock())
-        if len(self._failures) > _MAX_FAILURES_KEPT:
-            del self._failures[next(iter(self._failures))]
-        self._tell(record, AdapterState.FAILED, reason)
-
-    def _evict(self, record: _Record, reason: str) -> None:
-        self._on_run_evicted(record.first_unit, reason)
-        self._blocks.free_run(record.first_unit)
-
-    def _on_run_evicted(self, first_unit: int, reason: str) -> None:
-        """The pool takes the run back: unbind the slot before its units are used again."""
-        record = self._by_first_unit[first_unit]
-        assert record.num_pins == 0, "only unpinned adapters are evicted"
-        self._forget(record)
-        del self._idle[record.ticket.key]
-        self._residency.free(record.slot)
-        self._by_slot[record.slot] = None
-        heapq.heappush(self._free_slots, record.slot)
-        self.evictions[reason] += 1
-        self._tell(record, AdapterState.DISK, reason)
-
-    def _forget(self, record: _Record) -> None:
-        del self._records[record.ticket.key]
-        del self._by_first_unit[record.first_unit]
-        self._num_units -= record.num_units
-
-    def _touch(self, record: _Record) -> None:
-        record.last_used_s = self._clock()
-        self._idle[record.ticket.key] = record
-        self._idle.move_to_end(record.ticket.key)
-        self._blocks.idle_run(record.first_unit)
-
-    def _tell(self, record: _Record, state: AdapterState, reason: str) -> None:
-        self._events.append(AdapterEvent(record.ticket.key, record.ticket.name, state.value, reason))
-
-
-def _describe(record: _Record) -> ResidentAdapter:
-    ticket = record.ticket
-    size_bytes, units = ticket.num_bytes, record.num_units
-    return ResidentAdapter(
-        ticket.key, ticket.name, record.state, size_bytes, units, record.num_pins, record.last_used_s
-    )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(f"adapters: {message}")
+        self._failures.remember(ticket, reason)
+        self._device.events.append(AdapterEvent(ticket.key, ticket.name, AdapterState.FAILED.value, reason))

@@ -22,11 +22,13 @@ from server.engine.config import EngineConfig
 from server.engine.description import EngineDescription
 from server.engine.engine import Engine
 from server.engine.errors import EngineStartError
+from server.engine.host_images import HostImages
 from server.engine.image_reader import PoolReader
 from server.engine.kv_cache import KVCache
 from server.engine.limits import EngineLimits
 from server.engine.model_runner import ModelRunner
 from server.engine.paged_attention import NAME as PAGED_ATTENTION
+from server.engine.policy import EVICTION_POLICIES
 from server.engine.sampler import Sampler
 from server.engine.self_check import plain_logits, self_check
 from server.limits import cpu_limit, memory_limit_bytes
@@ -35,6 +37,7 @@ Progress = Callable[[str, float], None]
 
 POOL_SHARE = 0.5  # of the memory that the weights leave, on CPU
 CUDA_POOL_SHARE = 0.9
+CUDA_HOST_BYTES, HOST_SHARE = 8 << 30, 0.25  # the host tier beside a GPU: no more than either
 ADAPTER_ROOM_BYTES = 4 << 30  # beyond the K/V of all sequences at full length, more room is of no use
 MIN_UNITS = 16
 
@@ -68,12 +71,32 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Engi
     _log.info("self-check: largest difference %.1e of the largest logit", self_check(runner, plain, config.block_size))
     blocks = BlockManager(num_units, enable_prefix_caching=config.enable_prefix_caching)
     unit_bytes = base.kv_shape.unit_bytes
-    reader = PoolReader(cache.pool, unit_bytes)
-    adapters = AdapterManager(blocks, reader, residency, unit_bytes=unit_bytes, clock=time.monotonic)
-    limits = EngineLimits(base.max_model_len, vocab_size, base.eos_token_ids, num_units, unit_bytes)
+    worth_of = EVICTION_POLICIES[config.adapter_eviction]
+    host = HostImages(_host_bytes(config, device), lock_pages=device.type == "cuda", worth_of=worth_of)
+    adapters = AdapterManager(
+        blocks,
+        PoolReader(cache.pool, unit_bytes, host),
+        residency,
+        unit_bytes=unit_bytes,
+        clock=time.monotonic,
+        max_bytes=config.adapter_bytes,
+        worth_of=worth_of,
+    )
+    limits = EngineLimits(
+        base.max_model_len, vocab_size, base.eos_token_ids, num_units, unit_bytes, config.adapter_bytes
+    )
     engine = Engine(config, limits, runner, adapters, blocks)
     progress("ready", 1.0)
     return engine, _description(config, base, limits, adapter_dtype)
+
+
+def _host_bytes(config: EngineConfig, device: torch.device) -> int:
+    """Room of the host tier. On a CPU the pool is host memory itself, so there it has to be asked for."""
+    if config.host_adapter_bytes is not None:
+        return config.host_adapter_bytes
+    if device.type == "cpu":
+        return 0
+    return int(min(CUDA_HOST_BYTES, HOST_SHARE * psutil.virtual_memory().available))
 
 
 def _kernels(residency: Residency, device: torch.device) -> AdapterKernels:

@@ -1,8 +1,8 @@
 """Who owns each unit of the device's pool. It knows unit numbers, hashes and runs; no bytes, tensors or adapters.
 
 A unit holds one K/V block. K/V takes units from the low end, adapters take contiguous runs from the high end, and
-what nobody uses just now (blocks kept for prefix hits, idle runs) lies in one LRU list from which either side takes:
-whatever was used longest ago goes first.
+what nobody uses just now (blocks kept for prefix hits, idle runs) lies in one LRU list from which either side takes.
+The list says whether blocks or adapters are next; which adapter goes is weighed: least worth a unit, by its age.
 
     0 1 2 3 4 5 6 7 8 9            K in use (refs > 0)   C cached (refs == 0, has a hash)
     K K C K . . C A A I            A pinned run          I idle run                        . free
@@ -13,6 +13,7 @@ Invariant: free + in use + cached + units of runs == all.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.sequence import BoolArray, Int32Array, Int64Array
+from server.engine import policy
+from server.engine.sequence import Int32Array, Int64Array
 
 FREE, KV, RUN = 0, 1, 2  # owners of a unit
 
+_NUM_COMPARED = 16  # idle runs of which the one with the least loss is evicted
 _LOSS_SCALE = 1 << 20  # loss of evicting what was used in this very step; it halves with each doubling of age
 
 
@@ -35,6 +38,7 @@ class Run:
     num_units: int
     is_idle: bool  # evictable, and in the LRU list under its first unit
     last_used: int  # tick
+    worth: float = 0.0  # units that it would cost to bring it back, weighed by how often it is used
 
     @property
     def end(self) -> int:
@@ -60,6 +64,7 @@ class BlockManager:
         self._hash_of: list[bytes | None] = [None] * num_units
         self._by_hash: dict[bytes, int] = {}
         self._lru: OrderedDict[int, None] = OrderedDict()  # cached blocks and first units of idle runs, oldest first
+        self._idle_runs: OrderedDict[int, Run] = OrderedDict()  # the runs of that list alone, oldest first
         # Every free unit is in the heap exactly once; units that became part of a run meanwhile are stale entries.
         self._free_heap = list(range(num_units))
         self._in_heap = bytearray(b"\x01" * num_units)
@@ -167,19 +172,28 @@ class BlockManager:
         run = self.runs[first]
         if run.is_idle:
             run.is_idle = False
-            del self._lru[first]
+            del self._lru[first], self._idle_runs[first]
             self.num_idle_run_units -= run.num_units
 
-    def idle_run(self, first: int) -> None:
-        """Nobody uses the run just now: it may be evicted, the youngest of all."""
+    def idle_run(self, first: int, worth: float | None = None) -> None:
+        """Nobody uses the run just now: it may be evicted, the youngest of all. `worth`: by default its size."""
         run = self.runs[first]
         run.last_used = self.tick
+        run.worth = float(run.num_units) if worth is None else worth
         if not run.is_idle:
             run.is_idle = True
             self._lru[first] = None
+            self._idle_runs[first] = run
             self.num_idle_run_units += run.num_units
             self._changes += 1
         self._lru.move_to_end(first)
+        self._idle_runs.move_to_end(first)
+
+    def cheapest_idle_run(self) -> int | None:
+        """First unit of the idle run with the least loss a unit, among those that were used longest ago."""
+        oldest = itertools.islice(self._idle_runs.values(), _NUM_COMPARED)
+        best = min(oldest, key=lambda run: self._loss(run) / run.num_units, default=None)
+        return None if best is None else best.first
 
     def free_run(self, first: int) -> None:
         """Give the run's units back; whoever calls knows, so nobody is told."""
@@ -206,6 +220,7 @@ class BlockManager:
         _require(self.num_run_units == int((self.owner == RUN).sum()), "units of runs are miscounted")
         idle = {run.first: run.num_units for run in self.runs.values() if run.is_idle}
         _require(self.num_idle_run_units == sum(idle.values()), "idle units are miscounted")
+        _require(set(self._idle_runs) == set(idle), "the list of idle runs is wrong")
         _require(set(self._lru) == set(np.flatnonzero(is_cached).tolist()) | set(idle), "the LRU list is wrong")
         for run in self.runs.values():
             _require(bool((self.owner[run.first : run.end] == RUN).all()), f"run at {run.first} lost units")
@@ -238,10 +253,15 @@ class BlockManager:
 
     def _evict_oldest(self) -> None:
         unit = next(iter(self._lru))
-        if self.owner[unit] == RUN:
-            self._evict_run(unit, "kv")
-        else:
+        if self.owner[unit] == KV:
             self._evict_block(unit)
+            return
+        cheapest = self.cheapest_idle_run()
+        assert cheapest is not None, "the oldest idle thing is a run"
+        self._evict_run(cheapest, "kv")
+
+    def _loss(self, run: Run) -> float:
+        return run.worth * _LOSS_SCALE / (1 + self.tick - run.last_used)
 
     def _evict_block(self, unit: int) -> None:
         self.num_kv_evictions += 1
@@ -270,29 +290,16 @@ class BlockManager:
             if not run.is_idle or run.last_used == self.tick:
                 blocked[run.first : run.end] = True
                 continue
-            weight = run.num_units * (_LOSS_SCALE // (1 + self.tick - run.last_used))
+            weight = int(self._loss(run))
             run_loss[max(0, run.first - count + 1)] += weight
             run_loss[min(num_places, run.end)] -= weight
-        return _argmin_window(loss, blocked, run_loss.cumsum()[:-1], count)
+        return policy.cheapest_window(loss, blocked, run_loss.cumsum()[:-1], count)
 
     def _clear(self, first: int, end: int) -> None:
         for run in [run for run in self.runs.values() if run.first < end and first < run.end]:
             self._evict_run(run.first, "adapter")
         for unit in np.flatnonzero(self.owner[first:end] == KV).tolist():
             self._evict_block(first + unit)
-
-
-def _argmin_window(loss: Int64Array, blocked: BoolArray, extra: Int64Array, count: int) -> int | None:
-    """Highest start of the window of `count` units with the least loss (plus `extra` by start), none of it blocked."""
-    window = _window_sums(loss, count) + extra
-    window[_window_sums(blocked.astype(np.int64), count) > 0] = np.iinfo(np.int64).max
-    best = len(window) - 1 - int(window[::-1].argmin())
-    return None if window[best] == np.iinfo(np.int64).max else best
-
-
-def _window_sums(values: Int64Array, count: int) -> Int64Array:
-    sums: Int64Array = np.concatenate((np.zeros(1, np.int64), values.cumsum()))
-    return sums[count:] - sums[:-count]
 
 
 def _nobody_listens(first: int, reason: str) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from server.channel import Message
@@ -34,6 +34,7 @@ from server.engine.request import (
     FinishReason,
     RequestDelta,
     ResidentAdapter,
+    Tier,
 )
 from server.engine.stats import EngineStats
 from server.engine.step import AdapterEvent
@@ -71,6 +72,8 @@ class EngineClient:
         self._call_numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._loads: dict[str, list[asyncio.Future[AdapterEvent]]] = {}
+        self._on_device: set[str] = set()  # as far as the engine's events tell
+        self._kept: tuple[AdapterTicket, ...] = ()
 
     @classmethod
     async def start(
@@ -142,8 +145,15 @@ class EngineClient:
             stream.push(RequestDelta(request_id, finish=FinishReason.ABORTED))
         return True
 
-    async def load(self, ticket: AdapterTicket) -> AdapterState:
-        """Bring an adapter to the device and wait until it is there.
+    def expect(self, ticket: AdapterTicket) -> None:
+        """Say that a request for this adapter will follow: its load begins now. Nothing is told of how it ends."""
+        if ticket.key in self._on_device:
+            return
+        with contextlib.suppress(EngineUnavailable):  # the request itself will be told
+            self._supervisor.send({"kind": wire.EXPECT, "ticket": wire.ticket_to_json(ticket)})
+
+    async def load(self, ticket: AdapterTicket, tier: Tier = Tier.DEVICE) -> AdapterState:
+        """Bring an adapter to the device, or to the host tier, and wait until it is there.
 
         Raises:
             AdapterLoadFailed, AdapterTooLarge, NoRoomForAdapter, EngineUnavailable
@@ -151,23 +161,44 @@ class EngineClient:
         waiter: asyncio.Future[AdapterEvent] = self._loop.create_future()
         self._loads.setdefault(ticket.key, []).append(waiter)
         try:
-            state = AdapterState(await self._call({"kind": wire.LOAD, "ticket": wire.ticket_to_json(ticket)}))
-            if state is AdapterState.DEVICE:
+            order = {"kind": wire.LOAD, "ticket": wire.ticket_to_json(ticket), "tier": tier.value}
+            state = AdapterState(await self._call(order))
+            if state is not AdapterState.LOADING:
                 return state
             event = await waiter
         finally:
             self._forget_load(ticket.key, waiter)
-        if event.state != AdapterState.DEVICE:
+        if event.state == AdapterState.FAILED:
             raise AdapterLoadFailed(f'adapter "{ticket.name}" could not be loaded: {event.reason}')
-        return AdapterState.DEVICE
+        return AdapterState(event.state)
 
-    async def evict(self, key: str) -> bool:
-        """Take an adapter off the device; False if it is not there. Raises AdapterBusy, EngineUnavailable."""
-        return bool(await self._call({"kind": wire.EVICT, "key": key}))
+    async def evict(self, key: str, tier: Tier = Tier.DEVICE) -> bool:
+        """Take an adapter off the device, or out of the host tier; False if it is not there.
 
-    async def residency(self) -> list[ResidentAdapter]:
-        """Adapters that are on the device, on their way, or failed. Raises EngineUnavailable."""
-        return wire.residents_from_json(await self._call({"kind": wire.RESIDENCY}))
+        Raises:
+            AdapterBusy: requests run on it, it is being loaded, or it is kept.
+            EngineUnavailable
+        """
+        return bool(await self._call({"kind": wire.EVICT, "key": key, "tier": tier.value}))
+
+    async def keep(self, tickets: Sequence[AdapterTicket]) -> None:
+        """From now on exactly these adapters stay on the device, over restarts of the engine, too.
+
+        They are loaded as soon as there is room, and evicted only when otherwise nothing at all could run.
+
+        Raises:
+            NoRoomForAdapter: together they are too large; nothing is changed.
+            EngineUnavailable
+        """
+        await self._call(_keep_order(tickets))
+        self._kept = tuple(tickets)
+
+    async def residency(self, *, with_past: bool = False) -> list[ResidentAdapter]:
+        """Adapters that are on the device, on their way, in the host tier or failed; with the past, those that were.
+
+        Raises EngineUnavailable.
+        """
+        return wire.residents_from_json(await self._call({"kind": wire.RESIDENCY, "past": with_past}))
 
     async def drain(self, timeout_s: float) -> int:
         """Accept nothing more and wait until the accepted requests have ended; how many had not in time."""
@@ -186,6 +217,9 @@ class EngineClient:
         self._on_event(LoadProgress(stage, fraction))
 
     def on_state(self, state: EngineState, message: str) -> None:
+        self._on_device.clear()
+        if state is EngineState.READY and self._kept:
+            self._supervisor.send({**_keep_order(self._kept), "call": next(self._call_numbers)})
         self._on_event(StateChange(state, message))
 
     def on_lost(self, reason: str) -> None:
@@ -254,6 +288,10 @@ class EngineClient:
 
     def _on_adapter_event(self, event: AdapterEvent) -> None:
         self.metrics.adapter_events[event.state] += 1
+        if event.state == AdapterState.DEVICE:
+            self._on_device.add(event.key)
+        elif event.reason:  # evicted, and not only warmed beside its copy on the device
+            self._on_device.discard(event.key)
         for waiter in self._loads.get(event.key, ()):
             if not waiter.done():
                 waiter.set_result(event)
@@ -299,3 +337,7 @@ class EngineClient:
             waiters.remove(waiter)
         if not waiters:
             self._loads.pop(key, None)
+
+
+def _keep_order(tickets: Sequence[AdapterTicket]) -> Message:
+    return {"kind": wire.KEEP, "tickets": [wire.ticket_to_json(ticket) for ticket in tickets]}

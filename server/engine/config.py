@@ -28,6 +28,9 @@ class EngineConfig:
     chunk_size: int = CHUNK_SIZE_TOKENS
     block_size: int = BLOCK_SIZE_TOKENS
     pool_bytes: int | None = None
+    adapter_bytes: int | None = None  # of the pool; None: whatever K/V leaves
+    host_adapter_bytes: int | None = None  # copies of images outside the pool; None: decided by the device
+    adapter_eviction: str = "weighed"  # a name of `policy.EVICTION_POLICIES`
     enable_prefix_caching: bool = True
     max_pass_over_steps: int = 64
     num_threads: int | None = None

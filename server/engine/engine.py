@@ -39,8 +39,9 @@ from server.engine.request import (
     FinishReason,
     RequestDelta,
     ResidentAdapter,
+    Tier,
 )
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import PREFETCH_WINDOW, Scheduler
 from server.engine.sequence import BoolArray, Int32Array, Sequence, SequenceStatus, SequenceTable
 from server.engine.shedding import TokenBudget, first_half
 from server.engine.stats import EngineStats, StepTotals
@@ -81,7 +82,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Something is accepted and not ended, or an adapter is being loaded: call `step` again."""
-        return bool(self._live) or self._adapters.num_loading > 0
+        return bool(self._live) or self._adapters.num_flights > 0
 
     def submit(self, request: EngineRequest) -> None:
         """Accept the request: from now on it ends in exactly one of finished, aborted and failed.
@@ -108,7 +109,13 @@ class Engine:
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, sequence.arrival, sequence))
         self._live[request.request_id] = sequence
+        if request.adapter is not None:
+            self.expect(request.adapter)
         self._scheduler.waiting.add(sequence)
+
+    def expect(self, ticket: AdapterTicket) -> None:
+        """A request for this adapter is on its way: bring the adapter near, and to the device if its turn is soon."""
+        self._adapters.expect(ticket, may_take_room=len(self._scheduler.waiting) < PREFETCH_WINDOW)
 
     def abort(self, request_id: str) -> bool:
         """End the request at the next step; False if it has ended (or never was)."""
@@ -118,16 +125,20 @@ class Engine:
         self._aborted.append(sequence)
         return True
 
-    def load(self, ticket: AdapterTicket) -> AdapterState:
-        """Bring the adapter to the device; see `AdapterManager.load`. Its end is told as an event of a later step."""
-        return self._adapters.load(ticket)
+    def load(self, ticket: AdapterTicket, tier: Tier = Tier.DEVICE) -> AdapterState:
+        """Bring the adapter to a tier; see `AdapterManager.load`. Its end is told as an event of a later step."""
+        return self._adapters.load(ticket, tier)
 
-    def evict(self, key: str) -> bool:
-        """Take the adapter off the device; see `AdapterManager.evict`."""
-        return self._adapters.evict(key)
+    def evict(self, key: str, tier: Tier = Tier.DEVICE) -> bool:
+        """Take the adapter out of a tier; see `AdapterManager.evict`."""
+        return self._adapters.evict(key, tier)
 
-    def residents(self) -> list[ResidentAdapter]:
-        return self._adapters.residents()
+    def keep(self, tickets: list[AdapterTicket]) -> None:
+        """The adapters that stay on the device from now on; see `AdapterManager.keep`."""
+        self._adapters.keep(tickets)
+
+    def residents(self, *, with_past: bool = False) -> list[ResidentAdapter]:
+        return self._adapters.residents(with_past=with_past)
 
     def step(self) -> StepOutput:
         """Run one step and tell everything that changed. With nothing to run it only looks after loads and ends."""
@@ -190,6 +201,7 @@ class Engine:
             total_adapter_load_failures=adapters.num_load_failures,
             total_adapter_evictions=dict(adapters.evictions),
             total_kv_evictions=blocks.num_kv_evictions,
+            total_adapter_load_s=dict(adapters.load_s),
         )
 
     def _end_aborted(self, output: StepOutput) -> None:

@@ -8,6 +8,8 @@ It holds no state and knows no pool. Running example (chunks of 4 tokens, budget
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,9 @@ from server.engine.request import FinishReason
 from server.engine.sequence import BoolArray, Int32Array, Int64Array, SequenceTable
 
 Int8Array = npt.NDArray[np.int8]
+
+NEAR_COST = 0.25  # a unit copied from the host's memory, in units read from disk (or blocks computed again)
+COST_OF_ANY_LOAD_UNITS = 2.0  # opening, checking and binding, whatever the size
 
 GOES_ON, BY_LENGTH, BY_EOS, BY_STOP_TOKEN = 0, 1, 2, 3  # codes of `endings`
 REASONS = {BY_LENGTH: FinishReason.LENGTH, BY_EOS: FinishReason.EOS, BY_STOP_TOKEN: FinishReason.STOP_TOKEN}
@@ -64,3 +69,40 @@ def endings(table: SequenceTable, rows: Int32Array, token_ids: Int32Array, is_eo
     codes[stops] = BY_STOP_TOKEN
     codes[is_eos[token_ids] & table.ends_at_eos[rows] & may_end] = BY_EOS
     return codes
+
+
+class WorthOf(Protocol):
+    """The eviction policy: what keeping an idle adapter is worth, in the units that it would cost to bring it back.
+
+    The pool divides it by the steps since the adapter was last used, and gives up what is worth least a unit.
+    """
+
+    def __call__(self, num_units: int, uses: float, *, is_near: bool) -> float:
+        """`uses`: how often it was used, old uses counting less; `is_near`: the host's memory holds a copy."""
+
+
+def worth_by_use(num_units: int, uses: float, *, is_near: bool) -> float:
+    """What is used often and is dear to reload stays longer: a read from disk costs more than a copy, and a small
+    adapter's load costs more a unit than a large one's, because of what every load costs."""
+    return max(1.0, uses) * (num_units * (NEAR_COST if is_near else 1.0) + COST_OF_ANY_LOAD_UNITS)
+
+
+def worth_by_age(num_units: int, uses: float, *, is_near: bool) -> float:
+    """Least recently used: only the time since the last use counts."""
+    return float(num_units)
+
+
+EVICTION_POLICIES: dict[str, WorthOf] = {"weighed": worth_by_use, "lru": worth_by_age}
+
+
+def cheapest_window(loss: Int64Array, blocked: BoolArray, extra: Int64Array, count: int) -> int | None:
+    """Highest start of the window of `count` units with the least loss (plus `extra` by start), none of it blocked."""
+    window = _window_sums(loss, count) + extra
+    window[_window_sums(blocked.astype(np.int64), count) > 0] = np.iinfo(np.int64).max
+    best = len(window) - 1 - int(window[::-1].argmin())
+    return None if window[best] == np.iinfo(np.int64).max else best
+
+
+def _window_sums(values: Int64Array, count: int) -> Int64Array:
+    sums: Int64Array = np.concatenate((np.zeros(1, np.int64), values.cumsum()))
+    return sums[count:] - sums[:-count]

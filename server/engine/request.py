@@ -6,7 +6,7 @@ vocabulary), lengths are in tokens; an adapter's virtual tokens appear in neithe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -101,17 +101,27 @@ class RequestDelta:
 
 
 class AdapterState(StrEnum):
-    """Where an adapter is, as the engine sees it; the CPU's host memory is its device."""
+    """Where an adapter is, as the engine sees it. DEVICE is the pool that the kernels read; HOST is a copy of the image
+    in memory outside the pool, from which it comes to the device without touching the disk.
+    """
 
     DISK = "disk"
+    HOST = "host"
     LOADING = "loading"
     DEVICE = "device"
     FAILED = "failed"
 
 
+class Tier(StrEnum):
+    """Where an adapter can be brought to, or taken from."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """One line of the engine's list of adapters; those merely on disk are not in it."""
+    """One line of the engine's list of adapters; those that were never asked for are not in it."""
 
     key: str
     name: str
@@ -120,4 +130,9 @@ class ResidentAdapter:
     num_units: int
     num_pins: int  # running sequences on it
     last_used_s: float  # on the engine's clock
-    reason: str = ""  # why it failed
+    reason: str = ""  # why it failed, or why it is no longer on the device
+    is_kept: bool = False  # pinned by the operator: it is loaded, and stays
+    in_host: bool = False  # the host tier holds a copy, whatever the state
+    idle_s: float = 0.0  # seconds since it was last used, when this was told
+    num_uses: float = 0.0  # how often it was used, old uses counting less
+    load_s: dict[str, float] = field(default_factory=dict)  # of its last load: queue, read, check, copy, bind

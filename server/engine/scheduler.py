@@ -28,7 +28,7 @@ from server.engine.step import Runner, StepPlan
 from server.engine.waiting import WaitingQueue
 
 _MAX_SCANNED = 512  # waiting sequences looked at in one step
-_PREFETCH_WINDOW = 16  # of those, how many may start a load although the batch is full
+PREFETCH_WINDOW = 16  # of those, how many may start a load although the batch is full
 
 _log = logging.getLogger(__name__)
 
@@ -189,10 +189,14 @@ class Scheduler:
                 new_counts.append(count)
                 budget -= count
             elif verdict is _Verdict.BATCH_FULL:
-                self._prefetch(head[index : index + _PREFETCH_WINDOW], absent)
+                self._prefetch(head[index : index + PREFETCH_WINDOW], absent)
                 break
             elif verdict is not _Verdict.FAILED and self._holds_others(sequence, verdict):
                 break
+        if new_rows:
+            self._adapters.resume_kept()
+        elif head and not self.table.num_active and not self._adapters.num_loading:
+            self._adapters.yield_kept()  # who waits may need just their room, and nobody else will leave
         rows = np.concatenate((rows, np.array(new_rows, np.int32)))
         return rows, np.concatenate((counts, np.array(new_counts, np.int32)))
 
@@ -278,9 +282,10 @@ class Scheduler:
         if verdict is _Verdict.NO_ADAPTER:
             self.num_passed_over += 1
         if sequence.lacks_room_since is None:
-            if verdict is _Verdict.NO_ADAPTER and self._adapters.is_loading(sequence.key):
-                return False
             sequence.lacks_room_since = self._blocks.tick
+        started = self._adapters.load_started(sequence.key) if verdict is _Verdict.NO_ADAPTER else None
+        if started is not None and started <= sequence.lacks_room_since:
+            return False  # its first load: it lacks nothing but time, unlike one whose adapter was thrown out again
         is_old = self._blocks.tick - sequence.lacks_room_since >= self._max_pass_over_steps
         return is_old or verdict is _Verdict.NO_BLOCKS
 

@@ -40,6 +40,7 @@ class EngineStats:
     total_adapter_load_failures: int = 0
     total_adapter_evictions: dict[str, int] = field(default_factory=dict)  # by reason
     total_kv_evictions: int = 0
+    total_adapter_load_s: dict[str, float] = field(default_factory=dict)  # by phase: queue, read, check, copy, bind
     total_steps_shed: int = 0  # steps that ran out of memory and were retried smaller
     total_steps_failed: int = 0
     total_finished: dict[str, int] = field(default_factory=dict)  # by finish reason

@@ -70,18 +70,44 @@ class Residency(Protocol):
 
 
 class ImageRead(NamedTuple):
-    """A finished read: exactly one of `header` and `error` is given."""
+    """A finished read: exactly one of `header` and `error` is given, and neither for one that went to the host only."""
 
     key: str
     header: dict[str, Any] | None
     error: str | None
+    phases_s: dict[str, float] = {}  # noqa: RUF012 -- never changed; seconds in queue, read, check and copy
+    is_for_host: bool = False
+
+
+class HostImage(NamedTuple):
+    """An image that the host tier holds."""
+
+    key: str
+    name: str
+    num_bytes: int
+    last_used_s: float  # on the engine's clock
 
 
 class ImageReader(Protocol):
-    """Brings image payloads from disk into units of the pool, off the step's thread."""
+    """Brings images from disk into units of the pool, off the step's thread, and keeps copies in host memory."""
 
     def start(self, ticket: AdapterTicket, first_unit: int, num_units: int) -> None:
         """Begin reading; the units belong to the reader until `poll` tells the end. Must not block."""
+
+    def warm(self, ticket: AdapterTicket) -> bool:
+        """Bring the image near, so that `start` is quick. True: into the host tier, and `poll` will tell the end."""
+
+    def has_host_room(self, num_bytes: int) -> bool:
+        """Whether the host tier could hold an image of this size at all."""
+
+    def is_in_host(self, key: str) -> bool:
+        """Whether the host tier holds it now."""
+
+    def drop(self, key: str) -> bool:
+        """Take it out of the host tier; False if it is not there."""
+
+    def host_images(self) -> list[HostImage]:
+        """Everything in the host tier."""
 
     def poll(self) -> list[ImageRead]:
         """Reads that ended since the last call. Must not block."""
@@ -92,7 +118,7 @@ class AdapterEvent(NamedTuple):
 
     key: str
     name: str
-    state: str  # AdapterState value after the change: "device", "failed" or "disk" (evicted)
+    state: str  # AdapterState value after the change: "device", "failed", or "host" or "disk" (evicted, or warmed)
     reason: str  # why it failed or was evicted, else ""
 
 

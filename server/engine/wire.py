@@ -1,6 +1,6 @@
 """The engine's messages as JSON-able data, both ways.
 
-    front -> engine   submit, abort, load, evict, residency, stop
+    front -> engine   submit, expect, abort, load, evict, keep, residency, stop
     engine -> front   progress, ready, failed, step, stats, reply
 
 One `step` message carries a whole step: the ordinary case, one new token of a request and at most its
@@ -39,6 +39,7 @@ from server.engine.step import AdapterEvent, StepOutput
 Json = dict[str, Any]
 
 SUBMIT, ABORT, LOAD, EVICT, RESIDENCY, STOP = "submit", "abort", "load", "evict", "residency", "stop"
+EXPECT, KEEP = "expect", "keep"
 PROGRESS, READY, FAILED, STEP, STATS, REPLY = "progress", "ready", "failed", "step", "stats", "reply"
 
 _PARAM_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}

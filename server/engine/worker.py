@@ -35,6 +35,7 @@ from server.engine.request import (
     FinishReason,
     RequestDelta,
     ResidentAdapter,
+    Tier,
 )
 from server.engine.stats import EngineStats
 from server.engine.step import StepOutput
@@ -57,9 +58,11 @@ class SteppedEngine(Protocol):
     def abort(self, request_id: str) -> bool: ...
     def step(self) -> StepOutput: ...
     def stats(self) -> EngineStats: ...
-    def load(self, ticket: AdapterTicket) -> AdapterState: ...
-    def evict(self, key: str) -> bool: ...
-    def residents(self) -> list[ResidentAdapter]: ...
+    def expect(self, ticket: AdapterTicket) -> None: ...
+    def load(self, ticket: AdapterTicket, tier: Tier = Tier.DEVICE) -> AdapterState: ...
+    def evict(self, key: str, tier: Tier = Tier.DEVICE) -> bool: ...
+    def keep(self, tickets: list[AdapterTicket]) -> None: ...
+    def residents(self, *, with_past: bool = False) -> list[ResidentAdapter]: ...
 
 
 Progress = Callable[[str, float], None]  # stage, and how much of it is done: 0..1
@@ -124,6 +127,8 @@ class EngineLoop:
         kind = message["kind"]
         if kind == wire.SUBMIT:
             self._submit(wire.request_from_json(message["request"]))
+        elif kind == wire.EXPECT:
+            self._engine.expect(wire.ticket_from_json(message["ticket"]))
         elif kind == wire.ABORT:
             self._engine.abort(message["request_id"])
         else:
@@ -147,11 +152,14 @@ class EngineLoop:
     def _call(self, message: Message) -> Any:
         kind = message["kind"]
         if kind == wire.LOAD:
-            return self._engine.load(wire.ticket_from_json(message["ticket"])).value
+            return self._engine.load(wire.ticket_from_json(message["ticket"]), Tier(message["tier"])).value
         if kind == wire.EVICT:
-            return self._engine.evict(message["key"])
+            return self._engine.evict(message["key"], Tier(message["tier"]))
+        if kind == wire.KEEP:
+            self._engine.keep([wire.ticket_from_json(ticket) for ticket in message["tickets"]])
+            return None
         assert kind == wire.RESIDENCY, f"a message of kind {kind!r} is not ours"
-        return wire.residents_to_json(self._engine.residents())
+        return wire.residents_to_json(self._engine.residents(with_past=message["past"]))
 
 
 def serve(channel: WorkerChannel, build: Build) -> int:

@@ -43,6 +43,9 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         pool_bytes=settings.pool_bytes,
+        adapter_bytes=settings.adapter_memory,
+        host_adapter_bytes=settings.host_adapter_memory,
+        adapter_eviction=settings.adapter_eviction,
         enable_prefix_caching=settings.enable_prefix_caching,
         num_threads=settings.engine_threads,
     )

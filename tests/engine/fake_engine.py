@@ -11,7 +11,7 @@ import time
 
 from server.engine.config import EngineConfig
 from server.engine.description import EngineDescription
-from server.engine.errors import AdapterBusy, EngineStartError, InvalidRequest
+from server.engine.errors import AdapterBusy, EngineStartError, InvalidRequest, NoRoomForAdapter
 from server.engine.request import (
     AdapterState,
     AdapterTicket,
@@ -20,6 +20,7 @@ from server.engine.request import (
     FinishReason,
     RequestDelta,
     ResidentAdapter,
+    Tier,
     TokenLogprobs,
 )
 from server.engine.stats import EngineStats
@@ -36,6 +37,8 @@ class FakeEngine:
         self._requests: dict[str, EngineRequest] = {}
         self._ended: list[RequestDelta] = []
         self._adapters: dict[str, AdapterTicket] = {}
+        self._expected: list[str] = []
+        self._kept: set[str] = set()
         self._loading: list[tuple[AdapterTicket, float]] = []
         self._num_steps = 0
         self._finished: dict[str, int] = {}
@@ -71,20 +74,31 @@ class FakeEngine:
             num_running=len(self._live), total_steps=self._num_steps, total_finished=dict(self._finished), num_units=64
         )
 
-    def load(self, ticket: AdapterTicket) -> AdapterState:
+    def expect(self, ticket: AdapterTicket) -> None:
+        self._expected.append(ticket.key)
+
+    def keep(self, tickets: list[AdapterTicket]) -> None:
+        if any("huge" in ticket.name for ticket in tickets):
+            raise NoRoomForAdapter("the pinned adapters would take more than there is")
+        self._kept = {ticket.key for ticket in tickets}
+        self._adapters.update({ticket.key: ticket for ticket in tickets})
+
+    def load(self, ticket: AdapterTicket, tier: Tier = Tier.DEVICE) -> AdapterState:
         if ticket.key in self._adapters:
             return AdapterState.DEVICE
         self._loading.append((ticket, time.monotonic() + 0.02))
         return AdapterState.LOADING
 
-    def evict(self, key: str) -> bool:
+    def evict(self, key: str, tier: Tier = Tier.DEVICE) -> bool:
         if any(request.adapter and request.adapter.key == key for request in self._requests.values()):
             raise AdapterBusy(f"adapter {key} is used by running requests")
         return self._adapters.pop(key, None) is not None
 
-    def residents(self) -> list[ResidentAdapter]:
+    def residents(self, *, with_past: bool = False) -> list[ResidentAdapter]:
         return [
-            ResidentAdapter(key, ticket.name, AdapterState.DEVICE, ticket.num_bytes, 1, 0, 0.0)
+            ResidentAdapter(
+                key, ticket.name, AdapterState.DEVICE, ticket.num_bytes, 1, 0, 0.0, is_kept=key in self._kept
+            )
             for key, ticket in self._adapters.items()
         ]
 

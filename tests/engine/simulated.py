@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,9 @@ from server.engine.errors import StepOutOfMemory
 from server.engine.limits import EngineLimits
 from server.engine.request import AdapterTicket, EngineRequest, RequestDelta, SamplingParams, TokenLogprobs
 from server.engine.sequence import Sequence, SequenceTable
-from server.engine.step import ImageRead, StepOutput, StepPlan, StepResult
+from server.engine.step import StepOutput, StepPlan, StepResult
 from server.engine.token_layout import NEVER, layout_of
+from tests.engine.simulated_reader import Memory, SimulatedReader
 
 VOCAB_SIZE = 64
 EOS = 63
@@ -108,43 +108,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@dataclass
-class Memory:
-    """What lies in each unit: for K/V {offset: digest}, for an image its key."""
-
-    units: list[Any]
-    bound: dict[int, tuple[str, int]] = field(default_factory=dict)  # slot -> (key, first unit)
-
-
-class SimulatedReader:
-    """Reads end when `finish` is called or, with `latency` polls, by themselves."""
-
-    def __init__(self, memory: Memory) -> None:
-        self.latency = 1
-        self.broken: dict[str, str] = {}  # key -> error
-        self.started: list[str] = []
-        self._memory = memory
-        self._pending: list[tuple[AdapterTicket, int, int, list[int]]] = []
-
-    def start(self, ticket: AdapterTicket, first_unit: int, num_units: int) -> None:
-        self.started.append(ticket.key)
-        for unit in range(first_unit, first_unit + num_units):
-            self._memory.units[unit] = ticket.key
-        self._pending.append((ticket, first_unit, num_units, [self.latency]))
-
-    def poll(self) -> list[ImageRead]:
-        ended = []
-        for entry in list(self._pending):
-            wanted, _, num_units, left = entry
-            left[0] -= 1
-            if left[0] <= 0:
-                self._pending.remove(entry)
-                error = self.broken.get(wanted.key)
-                header = None if error else {"key": wanted.key, "num_units": num_units}
-                ended.append(ImageRead(wanted.key, header, error))
-        return ended
 
 
 class SimulatedResidency:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from server.engine.adapter_manager import RETRY_FAILED_AFTER_S
+from server.engine.adapter_records import RETRY_FAILED_AFTER_S
 from server.engine.errors import AdapterBusy, AdapterLoadFailed, AdapterTooLarge, NoRoomForAdapter
 from server.engine.request import AdapterState
 from tests.engine.simulated import UNIT_BYTES, Bench, ask, ticket
@@ -234,9 +234,9 @@ def test_every_planted_fault_is_seen(harm: str) -> None:
     elif harm == "unit":
         bench.blocks.take_run(1)
     elif harm == "slot":
-        bench.adapters._by_slot[slot or 0] = None
+        bench.adapters._device.slots._records[slot or 0] = None
     else:
-        bench.adapters._idle.clear()
+        bench.adapters._device._idle.clear()
     with pytest.raises(AssertionError, match="adapters:"):
         bench.adapters.check_integrity(pins)
 

@@ -9,7 +9,7 @@ import threading
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -121,10 +121,10 @@ def test_running_streams_go_on_while_an_adapter_loads(house: House, tmp_path: Pa
     slow = replace(house.good, key="slow", name="slow", image_path=str(tmp_path / "slow.img"))
     original = house.engine.engine._adapters._reader._read  # type: ignore[attr-defined]
 
-    def read_when_released(path: Path, offset: int, room_bytes: int) -> dict[str, object]:
-        if path.name == "slow.img":
+    def read_when_released(ticket: AdapterTicket, *order: Any) -> dict[str, object]:
+        if ticket.key == "slow":
             assert released.wait(60)
-        header: dict[str, object] = original(path, offset, room_bytes)
+        header: dict[str, object] = original(ticket, *order)
         return header
 
     house.engine.engine._adapters._reader._read = read_when_released  # type: ignore[attr-defined]

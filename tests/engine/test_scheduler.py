@@ -24,8 +24,9 @@ def test_running_streams_keep_their_pace_while_an_adapter_loads() -> None:
     bench = Bench()
     bench.engine.submit(ask("stream", [1], max_new_tokens=60))
     bench.step()
-    bench.reader.latency = 20
+    bench.reader.latency = 21
     bench.engine.submit(ask("cold", [1, 2], ticket("a")))
+    assert bench.reader.started, "its load begins when it arrives, not when it is looked at"
     for _ in range(20):
         assert bench.step().request_ids == ["stream"]
     assert bench.engine.stats().num_waiting_for_adapter == 1
@@ -33,7 +34,7 @@ def test_running_streams_keep_their_pace_while_an_adapter_loads() -> None:
 
 def test_waiting_for_loads_alone_computes_nothing_and_says_so() -> None:
     bench = Bench()
-    bench.reader.latency = 3
+    bench.reader.latency = 4
     bench.engine.submit(ask("cold", [1, 2], ticket("a")))
     assert [bench.step().num_tokens for _ in range(4)] == [0, 0, 0, 2]
 
