@@ -1,11 +1,10 @@
-"""The admin routes: upload, list, show, load, evict, delete, and the aliases.
+"""The admin routes: upload, list, show, load, evict, delete.
 
     POST   /admin/v1/adapters                          upload (multipart); 201, or 200 if the content was known
     GET    /admin/v1/adapters                          list, by pages
     GET    /admin/v1/adapters/{name}                   one adapter with its versions
     POST   /admin/v1/adapters/{name}/load              bring a version to the device
     POST   /admin/v1/adapters/{name}/unload            take it off the device; it stays registered
-    PUT    /admin/v1/adapters/{name}/aliases/{alias}   point an alias to a version
     DELETE /admin/v1/adapters/{name}[/versions/{n}]    gone for new requests; running ones finish
     GET    /admin/v1/cache                             who is in device memory now
 
@@ -18,11 +17,12 @@ import asyncio
 import contextlib
 from typing import Annotated, Literal
 
-from fastapi import Body, Path, Query, Request
+from fastapi import Body, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store.names import DEFAULT_ALIAS, check_name
-from adapters_store.record import AdapterRecord, AdapterVersion, VersionState
+from adapters_store.record import AdapterVersion, VersionState
+from server.api.adapter_view import Name, Number, front_of, residents_of, view_adapter, view_version
 from server.api.auth import admin, guarded_router, scoped
 from server.api.caller import caller_of, visible_page
 from server.api.documented import ADMIN, ADMIN_CHANGE, ADMIN_ONE
@@ -32,21 +32,15 @@ from server.api.resources import (
     CacheResource,
     DeletedResource,
     ResidentResource,
-    Residents,
     VersionList,
     VersionResource,
-    adapter_resource,
-    version_resource,
 )
-from server.api.service import Service
 from server.engine.errors import AdapterBusy, EngineUnavailable
 from server.front.front import Front
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
-Name = Annotated[str, Path(description="`name` or `org/name`", max_length=300)]
 Drain = Annotated[float, Query(ge=0, le=3600, description="Seconds to wait for requests that use it.")]
 _EVICT_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-Number = Annotated[int, Path(ge=1, lt=10**9)]
 
 
 class LoadOrder(BaseModel):
@@ -64,12 +58,6 @@ class UnloadOrder(BaseModel):
     version: int | None = Field(None, ge=1, lt=10**9, description="Default: every version that is there.")
 
 
-class AliasOrder(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    version: int = Field(ge=1, lt=10**9)
-
-
 @router.get("/adapters", summary="List adapters", responses=ADMIN)
 @admin
 @scoped
@@ -81,17 +69,19 @@ async def list_adapters(
     page_token: Annotated[str, Query(max_length=300)] = "",
 ) -> AdapterList:
     """Adapters whose names begin with `prefix`, sorted by name."""
-    front = _front(request)
-    residents = await _residents(front)
+    front = front_of(request)
+    residents = await residents_of(front)
     records, next_page_token = visible_page(front.library, caller_of(request), prefix, limit, page_token, state)
-    return AdapterList(data=[_adapter(front, record, residents) for record in records], next_page_token=next_page_token)
+    return AdapterList(
+        data=[view_adapter(front, record, residents) for record in records], next_page_token=next_page_token
+    )
 
 
 @router.get("/cache", summary="Who is in device memory", responses=ADMIN)
 @admin
 @scoped
 async def show_cache(request: Request) -> CacheResource:
-    front, caller = _front(request), caller_of(request)
+    front, caller = front_of(request), caller_of(request)
     residents = await front.engine.residency()
     stats = front.engine.stats()
     units = {
@@ -119,17 +109,17 @@ async def show_cache(request: Request) -> CacheResource:
 @router.get("/adapters/{name:path}/versions", summary="List the versions of an adapter", responses=ADMIN_ONE)
 @admin
 async def list_versions(request: Request, name: Name) -> VersionList:
-    front = _front(request)
+    front = front_of(request)
     record = await front.library.show(check_name(name))
-    return VersionList(data=_adapter(front, record, await _residents(front)).versions)
+    return VersionList(data=view_adapter(front, record, await residents_of(front)).versions)
 
 
 @router.get("/adapters/{name:path}/versions/{version}", summary="Show one version", responses=ADMIN_ONE)
 @admin
 async def show_version(request: Request, name: Name, version: Number) -> VersionResource:
-    front = _front(request)
+    front = front_of(request)
     found = front.library.look_up(f"{check_name(name)}@{version}")
-    return _version(front, found, await _residents(front))
+    return view_version(front, found, await residents_of(front))
 
 
 @router.delete("/adapters/{name:path}/versions/{version}", summary="Delete one version", responses=ADMIN_CHANGE)
@@ -141,45 +131,34 @@ async def delete_version(
     return await _delete(request, check_name(name), version, force, drain_timeout_s)
 
 
-@router.put("/adapters/{name:path}/aliases/{alias}", summary="Point an alias to a version", responses=ADMIN_ONE)
-@admin
-async def set_alias(
-    request: Request, name: Name, alias: Annotated[str, Path(max_length=100)], order: Annotated[AliasOrder, Body()]
-) -> AdapterResource:
-    """Atomic: a request sees the old version or the new one. The alias `default` is what the bare name means."""
-    front = _front(request)
-    await front.library.set_alias(check_name(name), alias, order.version)
-    return _adapter(front, await front.library.show(name), await _residents(front))
-
-
 @router.post("/adapters/{name:path}/load", summary="Bring an adapter to the device", responses=ADMIN_CHANGE)
 @admin
 async def load(request: Request, name: Name, order: Annotated[LoadOrder | None, Body()] = None) -> VersionResource:
     """Answers when it is there. Requests load what they need by themselves; this is for those who cannot wait."""
-    front = _front(request)
+    front = front_of(request)
     selector = DEFAULT_ALIAS if order is None or order.version is None else str(order.version)
     with await front.library.resolve(f"{check_name(name)}@{selector}") as lease:
         await front.engine.load(lease.ticket)
-    return _version(front, lease.version, await _residents(front))
+    return view_version(front, lease.version, await residents_of(front))
 
 
 @router.post("/adapters/{name:path}/unload", summary="Take an adapter off the device", responses=ADMIN_CHANGE)
 @admin
 async def unload(request: Request, name: Name, order: Annotated[UnloadOrder | None, Body()] = None) -> AdapterResource:
     """It stays registered, and comes back when a request needs it. 409 while requests run on it."""
-    front = _front(request)
+    front = front_of(request)
     record = await front.library.show(check_name(name))
     for version in record.versions:
         if order is None or order.version in (None, version.version):
             await front.engine.evict(version.content.effect_digest)
-    return _adapter(front, record, await _residents(front))
+    return view_adapter(front, record, await residents_of(front))
 
 
 @router.get("/adapters/{name:path}", summary="Show an adapter", responses=ADMIN_ONE)
 @admin
 async def show_adapter(request: Request, name: Name) -> AdapterResource:
-    front = _front(request)
-    return _adapter(front, await front.library.show(check_name(name)), await _residents(front))
+    front = front_of(request)
+    return view_adapter(front, await front.library.show(check_name(name)), await residents_of(front))
 
 
 @router.delete("/adapters/{name:path}", summary="Delete an adapter with all its versions", responses=ADMIN_CHANGE)
@@ -191,33 +170,11 @@ async def delete_adapter(
     return await _delete(request, check_name(name), None, force, drain_timeout_s)
 
 
-def _front(request: Request) -> Front:
-    service: Service = request.app.state.service
-    return service.front
-
-
-async def _residents(front: Front) -> Residents:
-    """Who is on the device; nobody while the engine restarts, which is no reason to hide what is registered."""
-    try:
-        return Residents(await front.engine.residency())
-    except EngineUnavailable:
-        return Residents(())
-
-
-def _adapter(front: Front, record: AdapterRecord, residents: Residents) -> AdapterResource:
-    return adapter_resource(record, [_version(front, item, residents) for item in record.versions])
-
-
-def _version(front: Front, version: AdapterVersion, residents: Residents) -> VersionResource:
-    in_flight = front.library.catalog.leases.count(version.name, version.version)
-    return version_resource(version, residents, in_flight)
-
-
 async def _delete(
     request: Request, name: str, version: int | None, force: bool, drain_timeout_s: float
 ) -> DeletedResource:
     """Take it out of sight, wait for those who use it, then free what the device holds of it."""
-    front = _front(request)
+    front = front_of(request)
     gone = await front.library.delete(name, version, force=force, drain_timeout_s=drain_timeout_s)
     for item in gone.versions:
         try:

@@ -8,8 +8,22 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
-from server.api import adapters, audits, errors, generate, health, operations, scrape, upload_archive, uploads, usage
+from server.api import (
+    adapters,
+    aliases,
+    audits,
+    canaries,
+    errors,
+    generate,
+    health,
+    operations,
+    scrape,
+    upload_archive,
+    uploads,
+    usage,
+)
 from server.api.auth import GuardedRoute
 from server.api.doorstep import Doorstep
 from server.api.service import Service
@@ -30,6 +44,8 @@ ROUTERS = (
     audits.router,
     usage.router,
     uploads.router,
+    canaries.router,
+    aliases.router,
     adapters.router,
     upload_archive.router,
 )
@@ -54,6 +70,7 @@ def create_app(settings: Settings, front: Front | None = None) -> FastAPI:
         app.include_router(router)
     errors.install(app)
     app.add_exception_handler(ClientGone, _answer_nobody)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     if settings.cors_allow_origin:
         app.add_middleware(
             CORSMiddleware,

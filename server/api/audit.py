@@ -18,10 +18,13 @@ from urllib.parse import unquote
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from adapters_store.alias import weights_to_json
+from adapters_store.alias_rules import AliasKey
 from adapters_store.audit_log import AuditEntry, AuditLog
 from adapters_store.errors import DiskFull
 from server.api.caller import caller_of
 from server.api.operation import Operation
+from server.library.canary import Canary
 
 log = logging.getLogger("veneer.http")
 _LOCATION = "/admin/v1/adapters/"
@@ -60,6 +63,11 @@ class Audit:
         version = result.get("version")
         detail = {"operation": operation.id} | ({} if version is None else {"version": version})
         await self.write(AuditEntry(operation.actor, operation.kind, operation.target, detail))
+
+    async def note_canary(self, key: AliasKey, canary: Canary) -> None:
+        """One line for a canary that ended by itself."""
+        detail = {"version": canary.version, "reason": canary.reason, "after": weights_to_json(canary.before)}
+        await self.write(AuditEntry("canary", f"canary.{canary.state}", str(key), detail))
 
     async def write(self, entry: AuditEntry) -> None:
         """The change has happened, so a line that cannot be written stops nothing; it is told as an error."""

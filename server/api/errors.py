@@ -122,6 +122,8 @@ _FOREIGN: tuple[tuple[type[Exception], int, str], ...] = (
     (engine_errors.AdapterLoadFailed, 424, "generation"),
     (engine_errors.EngineUnavailable, 503, "loading"),
     (library_errors.AdapterUnusable, 424, "generation"),
+    (library_errors.GateFailed, 409, "conflict"),
+    (library_errors.CanaryConflict, 409, "conflict"),
     (library_errors.SourceInvalid, 422, "validation"),
     (library_errors.SourceForbidden, 403, "forbidden"),
     (library_errors.SourceNotFound, 404, "adapter_not_found"),
@@ -139,6 +141,9 @@ _FOREIGN: tuple[tuple[type[Exception], int, str], ...] = (
     (store_errors.DiskFull, 507, "storage"),
     (store_errors.AdapterExists, 409, "conflict"),
     (store_errors.AliasInUse, 409, "conflict"),
+    (store_errors.NothingToRollBack, 409, "conflict"),
+    (store_errors.InvalidWeights, 422, "validation"),
+    (store_errors.InvalidAttribute, 422, "validation"),
 )
 _ADMIN_CODES = {"AdapterBusy": "adapter_in_use", "AdapterTooLarge": "too_large", "NoRoomForAdapter": "no_room"}
 

@@ -24,7 +24,7 @@ from server.api.documented import GENERATION, Responses
 from server.api.errors import BUG, error_body, explain, log
 from server.api.native_body import Answer, Shape
 from server.api.passage import Passage
-from server.api.sampling import text_request, wants_details
+from server.api.sampling import STICKY_HEADER, text_request, wants_details
 from server.api.schemas import GenerateReply, GenerateRequest, Parameters
 from server.api.service import Service
 from server.api.sse import EventStream, event, while_connected
@@ -62,7 +62,8 @@ async def generate_at_root(body: _Generate, request: Request) -> Response:
 async def _answer(request: Request, body: GenerateRequest, *, is_stream: bool, is_array: bool = False) -> Response:
     service: Service = request.app.state.service
     ignored = unknown.judge(body, "parameters", Parameters)
-    asked = text_request(body, service.settings, is_stream=is_stream)
+    sticky = request.headers.get(STICKY_HEADER)
+    asked = text_request(body, service.settings, is_stream=is_stream, sticky_header=sticky)
     headers = {"x-compute-characters": str(len(body.inputs))}
     if ignored:
         service.metrics.ignored_fields.inc(len(ignored))

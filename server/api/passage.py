@@ -52,6 +52,10 @@ class Passage:
                         if delta.finish is not None:
                             self._finishes.append(delta.finish)
                         yield delta
+                    self._note_outcome(failed=False)
+                except Exception:
+                    self._note_outcome(failed=True)
+                    raise
                 finally:
                     self._note_use(generation.num_prompt_tokens)
 
@@ -66,6 +70,11 @@ class Passage:
             if not near:
                 raise
             raise AdapterNotFound(f"{error} Did you mean {' or '.join(map(repr, near))}?") from None
+
+    def _note_outcome(self, *, failed: bool) -> None:
+        """For canaries. A caller who leaves is no outcome."""
+        if self._adapter is not None:
+            self._front.library.releases.observe(self._adapter.name, self._adapter.version, failed=failed)
 
     def _note_use(self, num_prompt_tokens: int) -> None:
         if self.service.ledger is None:

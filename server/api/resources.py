@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from adapters_store.alias import weights_to_json
 from adapters_store.record import AdapterRecord, AdapterVersion
 from server.engine.request import AdapterState, ResidentAdapter
 
@@ -56,7 +57,7 @@ class AdapterResource(BaseModel):
     state: str = Field(description="Of what the bare name means: ready, incompatible or failed.")
     reason: str | None = Field(description="Why it is not ready.")
     latest_version: int | None
-    aliases: dict[str, int]
+    aliases: dict[str, int | dict[str, int]] = Field(description="Alias -> version, or versions with their shares.")
     created_at: str | None
     updated_at: str | None
     versions: list[VersionResource]
@@ -148,11 +149,16 @@ def adapter_resource(record: AdapterRecord, versions: list[VersionResource]) -> 
         state=str(record.state),
         reason=record.failure or record.reason,
         latest_version=record.latest.version if record.latest else None,
-        aliases=dict(record.aliases),
+        aliases=_aliases(record),
         created_at=record.created_at,
         updated_at=record.updated_at,
         versions=versions,
     )
+
+
+def _aliases(record: AdapterRecord) -> dict[str, int | dict[str, int]]:
+    shared = {alias: weights_to_json(route.weights) for alias, route in record.routes.items() if len(route.weights) > 1}
+    return {**record.aliases, **shared}
 
 
 def file_resources(files: Iterable[Any]) -> list[FileResource]:

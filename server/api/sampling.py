@@ -13,6 +13,8 @@ from server.engine.request import SamplingParams
 from server.front.text import TextRequest, draw_seed
 from server.settings import Settings
 
+STICKY_HEADER = "x-sticky-key"  # for clients whose bodies cannot carry fields of ours
+_MAX_STICKY_CHARS = 300
 BASE_NAMES = ("", "__base_model__")  # how some clients spell "no adapter"
 _UNSUPPORTED = {
     "merged_adapters": "adapters are not merged per request; name one with `adapter`",
@@ -43,6 +45,16 @@ def _task_of(body: GenerateRequest) -> int | None:
     return named.pop() if named else None
 
 
+def sticky_key_of(body: GenerateRequest, header: str | None) -> str | None:
+    """The key that keeps a caller on one version. Raises Invalid when body and header name two, or it is too long."""
+    if header is not None and len(header) > _MAX_STICKY_CHARS:
+        raise Invalid(f"the header {STICKY_HEADER} has {len(header)} characters; it may have {_MAX_STICKY_CHARS}.")
+    named = {key for key in (body.sticky_key, header) if key}
+    if len(named) > 1:
+        raise Invalid(f"`sticky_key` and the header {STICKY_HEADER} differ; send one of them.")
+    return named.pop() if named else None
+
+
 def is_sampled(parameters: Parameters) -> bool:
     """Sampling is on when asked for, or when any of its knobs is away from neutral; temperature 0 is greedy."""
     if parameters.temperature == 0:
@@ -57,7 +69,9 @@ def is_sampled(parameters: Parameters) -> bool:
     )
 
 
-def text_request(body: GenerateRequest, settings: Settings, *, is_stream: bool) -> TextRequest:
+def text_request(
+    body: GenerateRequest, settings: Settings, *, is_stream: bool, sticky_header: str | None = None
+) -> TextRequest:
     """What the front is asked for.
 
     Raises:
@@ -72,6 +86,7 @@ def text_request(body: GenerateRequest, settings: Settings, *, is_stream: bool) 
     return TextRequest(
         prompt=body.inputs,
         adapter=adapter_of(body),
+        sticky_key=sticky_key_of(body, sticky_header),
         task_id=_task_of(body),
         params=_sampling_params(parameters, settings, num_logprobs=num_top if tells_tokens else None),
         fit_length=parameters.max_new_tokens is None,

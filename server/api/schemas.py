@@ -102,6 +102,11 @@ class GenerateRequest(BaseModel):
     inputs: Prompt = Field(description="The prompt.")
     adapter: Name | None = Field(None, description="`name`, `name@alias` or `name@version`; null is the base model.")
     adapter_id: Name | None = Field(None, description="The same as `adapter`.")
+    sticky_key: Name | None = Field(
+        None,
+        description="Where the adapter's alias is shared by several versions, equal keys get the same one; "
+        "the header `x-sticky-key` is the same. Without a key each request is assigned by chance.",
+    )
     task_id: int | None = Field(
         None, ge=0, le=MAX_INT, description="Which task, of an adapter that was trained on several."
     )

@@ -23,6 +23,7 @@ from server.api.errors import NotReady, TooManyRequests
 from server.api.metrics import DoorMetrics
 from server.api.operation import OperationBook
 from server.front.front import Front
+from server.front.golden import golden_answers
 from server.settings import Settings
 from server.usage import UsageLedger
 
@@ -82,6 +83,9 @@ class Service:
         self._front = front
         self._state = "ready"
         self.audit.open(front.library.catalog.root)
+        releases = front.library.releases
+        releases.answer = releases.answer or golden_answers(front)
+        releases.on_rolled_back = self.audit.note_canary
 
     def fail(self, reason: str) -> None:
         self._state, self._reason = "failed", reason

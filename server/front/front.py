@@ -47,7 +47,7 @@ _LONGEST_RETRY_S = 60
 class Resolver(Protocol):
     """The part of the library that a request needs."""
 
-    async def resolve(self, reference: str) -> AdapterLease: ...
+    async def resolve(self, reference: str, key: str | None = None) -> AdapterLease: ...
 
 
 class Prompt(NamedTuple):
@@ -119,8 +119,10 @@ class Front:
         """
         self._require_room(request.num_sequences)
         _check(request)
-        lease = None if request.adapter is None else await self._resolver.resolve(request.adapter)
+        lease = await self._lease(request)
         try:
+            if lease is not None:
+                self.engine.expect(lease.ticket)
             traits = AdapterTraits() if lease is None else lease.ticket.traits
             _check_task(request, traits)
             tokenizer = await self._vocabularies.of(None if lease is None else lease.report)
@@ -150,6 +152,11 @@ class Front:
         """End engine, loader and store; what still runs fails. Again is harmless."""
         await self.engine.close()
         await self._closing.aclose()
+
+    async def _lease(self, request: TextRequest) -> AdapterLease | None:
+        if request.adapter is None:
+            return None
+        return await self._resolver.resolve(request.adapter, request.sticky_key)
 
     async def _prompt_of(self, request: TextRequest, traits: AdapterTraits, tokenizer: TextTokenizer) -> Prompt:
         if isinstance(request.prompt, str):

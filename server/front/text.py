@@ -32,6 +32,7 @@ class TextRequest:
     prompt: str | tuple[int, ...]  # text, or token ids taken as they are
     params: SamplingParams
     adapter: str | None = None  # "name", "name@alias" or "name@3"; None is the base
+    sticky_key: str | None = None  # callers with the same one get the same version of a weighted alias
     task_id: int | None = None  # of an adapter that was trained on several tasks, and only of such a one
     request_id: str | None = None  # None: drawn
     fit_length: bool = False  # shorten max_new_tokens to what the model's length leaves, instead of refusing

@@ -303,12 +303,18 @@ class Library:
     # ------------------------------------------------------------------ changing
 
     async def delete(
-        self, name: str, version: int | None = None, *, force: bool = False, drain_timeout_s: float = 0.0
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        force: bool = False,
+        drain_timeout_s: float = 0.0,
+        expect: Expectation | None = None,
     ) -> Deleted:
         """Takes a version or an adapter out of sight at once, then waits up to `drain_timeout_s` for those who use it.
 
         Running requests are never cut off: what is left after the wait ends by itself, and its bytes go then.
-        Raises AdapterNotFound, VersionNotFound, AliasInUse.
+        Raises AdapterNotFound, VersionNotFound, AliasInUse, PreconditionFailed.
         """
         if (
             version is None
@@ -316,7 +322,10 @@ class Library:
             and not self._registrar.versions(name)
         ):
             return Deleted([], 0)
-        doomed = await asyncio.to_thread(functools.partial(self.catalog.delete, name, version, force=force))
+        delete = functools.partial(self.catalog.delete, name, version, force=force, expect=expect)
+        doomed = await asyncio.to_thread(delete)
+        if version is None:
+            await self.releases.forget(name)
         if drain_timeout_s > 0:
             await asyncio.wait([asyncio.create_task(self.drained(item)) for item in doomed], timeout=drain_timeout_s)
         return Deleted(doomed, sum(self.catalog.leases.count(name, item.version) for item in doomed))

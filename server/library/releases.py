@@ -76,7 +76,7 @@ class Releases:
         async with self._turn(name):
             if not skip_gate:
                 await self._pass_gate(key, weights)
-            moved = await asyncio.to_thread(self._catalog.aliases.weigh, name, alias, weights, expect=expect)
+            moved = await asyncio.to_thread(self._weigh, name, alias, weights, expect)
             await self._end(key, CanaryState.MOVED, f"{key} was moved")
         return moved
 
@@ -267,6 +267,12 @@ class Releases:
         ended = found.ended(state, reason, _now())
         await asyncio.to_thread(self._rules.write, key, _CANARY, ended.to_json())
         return ended
+
+    def _weigh(self, name: str, alias: str, weights: Weights, expect: Expectation | None) -> Alias:
+        if len(weights) > 1 or expect is not None:
+            return self._catalog.aliases.weigh(name, alias, weights, expect=expect)
+        self._catalog.set_alias(name, alias, next(iter(weights)))
+        return Alias(weights)
 
     async def _find_canary(self, key: AliasKey) -> Canary | None:
         rule = (await asyncio.to_thread(self._rules.read, key)).get(_CANARY)

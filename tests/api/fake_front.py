@@ -21,7 +21,7 @@ from adapters_store.staging import StageLimits
 from server.engine.description import EngineDescription
 from server.engine.errors import AdapterBusy, AdapterLoadFailed, EngineUnavailable
 from server.engine.metrics import EngineMetrics, RequestMetrics
-from server.engine.request import AdapterState, AdapterTicket, ResidentAdapter
+from server.engine.request import AdapterState, AdapterTicket, ResidentAdapter, Tier
 from server.engine.stats import EngineStats
 from server.front.errors import DeadlineExceeded, EngineGone, GenerationFailed, Overloaded, PromptTooLong
 from server.front.generation import ResolvedAdapter
@@ -37,7 +37,7 @@ from server.front.text import (
 from server.library.lease import AdapterLease
 from server.library.library import Library
 from server.loader.errors import AdapterRefused
-from server.loader.job import PackingTarget, Prepared, PrepareJob
+from server.loader.job import Loader, PackingTarget, Prepared, PrepareJob
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 FINGERPRINT = "sha256:base"
@@ -87,11 +87,11 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(num_units=64, units_free=64, total_adapter_evictions={"lru": 1})
 
-    async def residency(self) -> list[ResidentAdapter]:
+    async def residency(self, *, with_past: bool = False) -> list[ResidentAdapter]:
         self._require()
         return list(self.loaded.values())
 
-    async def load(self, ticket: AdapterTicket) -> AdapterState:
+    async def load(self, ticket: AdapterTicket, tier: Tier = Tier.DEVICE) -> AdapterState:
         self._require()
         if ticket.name.startswith("broken"):
             raise AdapterLoadFailed(f'adapter "{ticket.name}" could not be loaded: its image is cut short')
@@ -100,7 +100,7 @@ class FakeEngine:
         )
         return AdapterState.DEVICE
 
-    async def evict(self, key: str) -> bool:
+    async def evict(self, key: str, tier: Tier = Tier.DEVICE) -> bool:
         self._require()
         if key in self.busy:
             raise AdapterBusy("requests run on it; try again when they have ended")
@@ -200,9 +200,11 @@ class FakeFront:
         self._max_open = max_open
 
     @classmethod
-    async def start(cls, root: Path, max_open: int = 1000) -> FakeFront:
-        limits = StageLimits(max_file_bytes=10**6, max_total_bytes=10**6, reserve_bytes=0)
-        return cls(await Library.open(root, FakeLoader(), limits=limits, max_rank=64), max_open)
+    async def start(
+        cls, root: Path, max_open: int = 1000, *, loader: Loader | None = None, limits: StageLimits | None = None
+    ) -> FakeFront:
+        caps = limits or StageLimits(max_file_bytes=10**6, max_total_bytes=10**6, reserve_bytes=0)
+        return cls(await Library.open(root, loader or FakeLoader(), limits=caps, max_rank=64), max_open)
 
     async def open(self, request: TextRequest) -> FakeGeneration:
         num_prompt = len(str(request.prompt).split())
@@ -210,7 +212,7 @@ class FakeFront:
             raise PromptTooLong(num_prompt, request.params.max_new_tokens, DESCRIPTION.max_model_len)
         if self.num_open >= self._max_open:
             raise Overloaded(self.num_open, self._max_open, 2)
-        lease = None if request.adapter is None else await self.library.resolve(request.adapter)
+        lease = None if request.adapter is None else await self.library.resolve(request.adapter, request.sticky_key)
         self.requests.append(request)
         self.num_open += 1
         self.opened.set()

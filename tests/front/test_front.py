@@ -49,7 +49,7 @@ class Resolver:
     def __init__(self) -> None:
         self.held: list[Lease] = []
 
-    async def resolve(self, reference: str) -> Lease:
+    async def resolve(self, reference: str, key: str | None = None) -> Lease:
         await asyncio.sleep(0)
         if reference not in ("sql", "broken", "prompted", "tasks", "wide"):
             raise UnknownAdapter(reference)

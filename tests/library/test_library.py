@@ -269,10 +269,10 @@ async def test_a_request_keeps_the_version_it_began_with(tmp_path: Path) -> None
         new = await library.resolve("sql")
         assert (old.version.version, new.version.version) == (1, 2)
         assert old.ticket.key != new.ticket.key
-        await library.set_alias("sql", "default", 1)
+        await library.releases.move("sql", "default", {1: 1})
         assert library.look_up("sql").version == 1
         with pytest.raises(VersionNotFound):
-            await library.set_alias("sql", "default", 9)
+            await library.releases.move("sql", "default", {9: 1})
 
 
 @in_a_loop

@@ -41,7 +41,7 @@ class AutoLoader:
         self._work = SharedWork()
         self._failures: OrderedDict[str, tuple[float, Exception]] = OrderedDict()  # name -> when, why
 
-    async def resolve(self, reference: str) -> AdapterLease:
+    async def resolve(self, reference: str, key: str | None = None) -> AdapterLease:
         """As `Library.resolve`.
 
         Raises:
@@ -49,13 +49,13 @@ class AutoLoader:
             Errors of the loader and the store: it was fetched, and cannot be served.
         """
         try:
-            return await self._library.resolve(reference)
+            return await self._library.resolve(reference, key)
         except AdapterNotFound as error:
             wanted = parse_reference(reference)
             if wanted.alias != DEFAULT_ALIAS or not self._puller.policy.loads_by_itself(wanted.name):
                 raise
             await self._bring(wanted.name, error)
-        return await self._library.resolve(reference)
+        return await self._library.resolve(reference, key)
 
     async def close(self) -> None:
         """Gives up what is on its way."""
