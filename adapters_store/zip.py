@@ -21,6 +21,7 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _UNICODE_PATH = 0x7075  # an extra field by which other programs see another name
 _LOCAL_HEADER_BYTES = 30
+_END_BYTES, _END_SIGNATURE = 22, b"PK\x05\x06"
 _DAMAGE = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
@@ -49,10 +50,7 @@ class _ModestFile:
     def seek(self, offset: int, whence: int = 0) -> int:
         if whence == 0 and not 0 <= offset < 2**62:
             raise MalformedArchive("the archive's directory points outside of it: it is damaged.")
-        try:
-            return self._file.seek(offset, whence)
-        except OSError:
-            raise MalformedArchive("the archive is too short for what its end says.") from None
+        return self._file.seek(offset, whence)  # OSError, where from the end: how zipfile finds out what there is
 
     def tell(self) -> int:
         return self._file.tell()
@@ -77,6 +75,7 @@ def read_zip(path: Path) -> Iterator[Member]:
         archive = zipfile.ZipFile(file)
         found = archive.infolist()
         count_member(len(found))
+        _check_count(file, archive)
         _check_places(found, archive.start_dir)
         for entry in found:
             parts = parts_of(entry.orig_filename)
@@ -117,12 +116,23 @@ def _check_places(entries: list[zipfile.ZipInfo], directory: int) -> None:
             raise UnsafeArchive(f"{entry.orig_filename[:200]!r} shares its bytes with another part of the archive.")
 
 
+def _check_count(file: _ModestFile, archive: zipfile.ZipFile) -> None:
+    """Raises MalformedArchive where the end of the archive counts other members than its directory lists."""
+    file.seek(-_END_BYTES - len(archive.comment), 2)
+    signature, _, _, _, count = struct.unpack_from("<4sHHHH", file.read(_END_BYTES))
+    if signature != _END_SIGNATURE or count != len(archive.infolist()):
+        raise MalformedArchive("the end of the zip archive does not fit its directory: it is damaged.")
+
+
 def _data(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
     num_bytes = 0
-    with archive.open(entry) as file:
-        while piece := file.read(CHUNK_BYTES):
-            num_bytes += len(piece)
-            yield piece
+    try:
+        with archive.open(entry) as file:
+            while piece := file.read(CHUNK_BYTES):
+                num_bytes += len(piece)
+                yield piece
+    except _DAMAGE as error:
+        raise MalformedArchive(f"{entry.orig_filename[:200]!r} in the zip archive is damaged: {error}") from error
     if num_bytes != entry.file_size:
         raise cut_short(repr(entry.orig_filename[:200]))
 
