@@ -17,9 +17,13 @@ from server.library.sources.policy import Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], list[Any]]
 
+# Set aside for protocols, relays and examples; releases of Python differ in what they know of these.
+_SET_ASIDE = tuple(
+    ipaddress.ip_network(text)
+    for text in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "3fff::/20", "5f00::/16", "fec0::/10")
+)
 _NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 _SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")
-_TEREDO = ipaddress.IPv6Network("2001::/32")
 
 
 def resolve(host: str, port: int) -> list[Any]:
@@ -27,8 +31,8 @@ def resolve(host: str, port: int) -> list[Any]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
-def find_address(host: str, port: int, networks: Iterable[Network], lookup: Resolve = resolve) -> str:
-    """The address to connect to.
+def find_addresses(host: str, port: int, networks: Iterable[Network], lookup: Resolve = resolve) -> list[str]:
+    """The addresses to connect to, the resolver's favourite first.
 
     Raises:
         SourceForbidden: one of the host's addresses is not public, and in none of `networks`.
@@ -47,7 +51,7 @@ def find_address(host: str, port: int, networks: Iterable[Network], lookup: Reso
             f"the host {host!r} has an address that is not public. Where that is meant, the server is started with "
             "--https-source-networks naming its network."
         )
-    return found[0]
+    return list(dict.fromkeys(found))
 
 
 def is_public(address: Address) -> bool:
@@ -55,6 +59,8 @@ def is_public(address: Address) -> bool:
     inner = _inner(address)
     if inner is not None:
         return is_public(inner)
+    if any(address in network for network in _SET_ASIDE):
+        return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
@@ -73,6 +79,4 @@ def _inner(address: Address) -> ipaddress.IPv4Address | None:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     if address in _SIX_TO_FOUR:
         return address.sixtofour
-    if address in _TEREDO:
-        return ipaddress.IPv4Address(0)  # it names two hosts, and one of them is behind somebody's wall: never public
     return None

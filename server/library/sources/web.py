@@ -7,18 +7,18 @@ address to judge, and takes no token along.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from adapters_store.record import Source
 from adapters_store.staging import ALLOWED_FILES
 from server.library.errors import SourceDenied, SourceForbidden, SourceInvalid, SourceNotFound, SourceUnavailable
-from server.library.sources.addresses import Resolve, find_address, resolve
+from server.library.sources.addresses import Resolve, find_addresses, resolve
 from server.library.sources.listing import CHUNK_BYTES, STALL_S, Listing, SourceFile, choose_files
 from server.library.sources.policy import SourcePolicy
 from server.library.sources.reference import Scheme, SourceReference, parse_source
@@ -46,19 +46,19 @@ class WebSource:
         self._token = token
         self._lookup = lookup
         self._tls = ssl.create_default_context()
+        self._stamp: dict[str, list[object]] = {}
         self._require_open(_host(self._folder))
 
     def list_files(self) -> Listing:
         """Raises SourceError, FileRefused."""
-        found, stamp = [], {}
+        found = []
         for name in dict.fromkeys(_NAMES):
             answer = self._ask(name)
             if answer is not None:
                 found.append(SourceFile(name, self._folder + name, answer.size))
-                stamp[name] = [answer.size, answer.tag]
+                self._stamp[name] = [answer.size, answer.tag]
         files = choose_files(found, self._folder)
-        self._stamp = stamp
-        return Listing(files, Source(self._folder, None, {file.name: stamp[file.name] for file in files}))
+        return Listing(files, Source(self._folder, None, {file.name: self._stamp[file.name] for file in files}))
 
     def read(self, file: SourceFile) -> Iterator[bytes]:
         """Raises SourceError; also where the file is not any more what was listed."""
@@ -84,7 +84,7 @@ class WebSource:
                 raise _refused(answer.status, url)
             return _facts(answer)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _open(self, method: str, url: str) -> Iterator[http.client.HTTPResponse]:
         """One request and where it is redirected to. Raises SourceError."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "veneer"}
@@ -109,8 +109,8 @@ class WebSource:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or 443
         self._require_open(host)
-        address = find_address(host, port, self._policy.web_networks, self._lookup)
-        return _PinnedConnection(host, port, address, self._tls)
+        addresses = find_addresses(host, port, self._policy.web_networks, self._lookup)
+        return _PinnedConnection(host, port, addresses, self._tls)
 
     def _require_open(self, host: str) -> None:
         if not self._policy.takes_host(host):
@@ -121,20 +121,26 @@ class WebSource:
 
 
 class _PinnedConnection(http.client.HTTPSConnection):
-    """To one address, under the host's own name and certificate."""
+    """To one of the addresses and no other, under the host's own name and certificate."""
 
-    def __init__(self, host: str, port: int, address: str, tls: ssl.SSLContext) -> None:
+    def __init__(self, host: str, port: int, addresses: list[str], tls: ssl.SSLContext) -> None:
         super().__init__(host, port, timeout=STALL_S, context=tls)
-        self._address = address
+        self._addresses = addresses
         self._tls = tls
 
     def connect(self) -> None:
-        plain = socket.create_connection((self._address, self.port), self.timeout)
+        plain = self._reach()
         try:
             self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
         except BaseException:
             plain.close()
             raise
+
+    def _reach(self) -> socket.socket:
+        for address in self._addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return socket.create_connection((address, self.port), self.timeout)
+        return socket.create_connection((self._addresses[-1], self.port), self.timeout)
 
 
 def _send(
