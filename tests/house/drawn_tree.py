@@ -29,6 +29,7 @@ class Folder(NamedTuple):
 
 FOLDERS = {
     "peft_core/": Folder("mathematics of adapters: no HTTP, no scheduling, nothing of ours below it"),
+    "peft_core/hooks/": Folder("forms that act elsewhere than at linear sites, only while a step needs them"),
     "peft_core/kernels/": Folder("the products of rows and adapters"),
     "peft_core/methods/": Folder("decoders, one file a family of kinds"),
     "adapters_store/": Folder("files on disk: no torch, no model"),
