@@ -5,7 +5,7 @@
     prepared = await loader.prepare(PrepareJob(files, image_path))
 
 A job whose loader dies fails with LoaderUnavailable (retryable) and the next job starts a new one. A job that takes
-longer than `job_timeout_s` ends with its loader: a pattern in a config can keep a regular expression busy for ever.
+longer than `job_timeout_s` ends with its loader. (The loader itself bounds how long checking a config may take.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from server.loader.job import PackingTarget, Prepared, PrepareJob
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
-JOB_TIMEOUT_S = 300.0
+JOB_TIMEOUT_S = 1800.0  # kinds that decompose the base's weights need minutes on a large base
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -81,8 +81,9 @@ class LoaderClient:
                 message = await line.ask({"op": "prepare", "job": asdict(job)}, self._job_timeout_s)
             except TimeoutError as error:
                 raise AdapterRefused(
-                    f"checking the adapter took longer than {self._job_timeout_s:.0f} s and was given up. Look for a "
-                    "pattern in its config that cannot be matched in reasonable time.",
+                    f"preparing the adapter took longer than {self._job_timeout_s:.0f} s and was given up. Kinds that "
+                    "decompose the base's weights (OSF, PSOFT, KaSA, PiSSA) can be turned into plain LoRA on a faster "
+                    "machine: `veneer adapters convert --base`.",
                     code="check_timed_out",
                 ) from error
             finally:
