@@ -21,6 +21,7 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.errors import StepOutOfMemory
 from server.engine.limits import EngineLimits
+from server.engine.policy import WorthOf, worth_by_use
 from server.engine.request import AdapterTicket, EngineRequest, RequestDelta, SamplingParams, TokenLogprobs
 from server.engine.sequence import Sequence, SequenceTable
 from server.engine.step import StepOutput, StepPlan, StepResult
@@ -232,6 +233,7 @@ class Bench:
         max_pass_over_steps: int = 8,
         max_adapter_bytes: int | None = None,
         caching: bool = True,
+        worth_of: WorthOf = worth_by_use,
     ) -> None:
         self.clock = Clock()
         self.limits = EngineLimits(max_model_len, VOCAB_SIZE, (EOS,), num_units, UNIT_BYTES, max_adapter_bytes)
@@ -256,6 +258,7 @@ class Bench:
             unit_bytes=UNIT_BYTES,
             clock=self.clock,
             max_bytes=max_adapter_bytes,
+            worth_of=worth_of,
         )
         self.engine = Engine(config, self.limits, self.runner, self.adapters, self.blocks, self.clock)
         self.answers: dict[str, list[int]] = {}
