@@ -1,6 +1,7 @@
 """The few ways in which this package changes a disk, each complete or without effect.
 
     write_file   new bytes under a temporary name -> fsync -> rename -> fsync of the directory
+    create_file  the same, but never over a file that is there: of several who try, on whatever hosts, one succeeds
     move_file    an already synced file gets its final name -> fsync of the directory
     remove       gone for good; what was gone already is no error
 
@@ -13,6 +14,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,13 @@ from typing import Any
 from adapters_store.errors import DiskFull, StoreDamaged
 
 TEMPORARY_SUFFIX = ".tmp"
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name was being written, and may be cut short."""
+    return name.endswith(TEMPORARY_SUFFIX)
 
 
 def make_directory(path: Path) -> None:
@@ -41,21 +50,59 @@ def sync_directory(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Makes `path` hold `data`, whatever it held. Raises DiskFull."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = _write_beside(path, data)
+    try:
+        move_file(temporary, path)
+    except OSError as error:
+        remove(temporary)
+        raise_if_full(error)
+        raise
+
+
+def create_file(path: Path, data: bytes) -> None:
+    """Makes a new file. Raises FileExistsError if there is one, DiskFull."""
+    temporary = _write_beside(path, data)
+    try:
+        _link(temporary, path)
+        sync_directory(path.parent)
+    finally:
+        remove(temporary)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a file a name that is free."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if target.exists():  # no links here: the lock of changes has to do
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        os.replace(source, target)
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    """A synced temporary file next to `path`. Raises DiskFull."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise_if_full(error)
         raise
-    move_file(temporary, path)
+    return temporary
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_file(path, json_bytes(value))
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """As every small file of a store is written."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,111 +1,143 @@
 """What a store holds, in memory: names, versions, aliases, and how often each blob and effect is used.
 
-Rebuilt from the files when the store is opened, and changed only after the files are. It knows no disk and no lock:
-the catalogue brings both.
+Name by name it takes what was read from the files; nothing else changes it but what this process finds out about a
+version's use. It knows no disk and no lock: `Holdings` brings both.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from adapters_store.alias import Alias
+from adapters_store.attributes import Attributes
 from adapters_store.errors import AdapterNotFound, AliasNotFound, VersionNotFound
 from adapters_store.names import Reference
+from adapters_store.on_disk import OnDisk
 from adapters_store.record import AdapterRecord, AdapterVersion, VersionState
+
+Mark = tuple[VersionState, str | None]  # how a version can be used in this process, and why not
+
+READY: Mark = (VersionState.READY, None)
 
 
 @dataclass(slots=True)
 class Entry:
     """All that is known of one name, alive or not."""
 
+    disk: OnDisk = field(default_factory=OnDisk)
     versions: dict[int, AdapterVersion] = field(default_factory=dict)  # visible ones, ascending
-    aliases: dict[str, int] = field(default_factory=dict)  # each points to a visible version; see `set_alias`
-    gone: frozenset[int] = frozenset()  # deleted numbers
-    last_number: int = 0  # highest number ever given out
+    routes: dict[str, Alias] = field(default_factory=dict)  # each points to visible versions
 
 
 class Index:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._names: list[str] = []  # of entries with visible versions, sorted
-        self._blob_uses: Counter[str] = Counter()  # includes deleted versions that are still leased
+        self._blob_uses: Counter[str] = Counter()  # includes deleted versions whose record is still there
         self._effect_uses: Counter[str] = Counter()
         self._names_by_effect: dict[str, Counter[str]] = {}  # of visible versions
+        self._marks: dict[tuple[str, int], Mark] = {}
         self._records: dict[str, AdapterRecord] = {}  # made when asked for, dropped when the entry changes
         self._states: dict[str, VersionState] = {}  # of what each bare name means, but for those in `_changed`
         self._num_by_state: Counter[VersionState] = Counter()
         self._changed: set[str] = set()
+        self._damaged: set[str] = set()
 
-    def entry(self, name: str) -> Entry:
-        """What is known of a name; created when the name is new."""
-        return self._entries.setdefault(name, Entry())
+    def disk(self, name: str) -> OnDisk:
+        """What was read of a name last."""
+        entry = self._entries.get(name)
+        return OnDisk() if entry is None else entry.disk
 
-    def add(self, version: AdapterVersion) -> None:
-        entry = self.entry(version.name)
-        self._change(version.name)
-        if not entry.versions:
-            bisect.insort(self._names, version.name)
-        entry.versions[version.version] = version
-        entry.last_number = max(entry.last_number, version.version)
-        self._blob_uses.update(file.sha256 for file in version.files)
-        self._effect_uses[version.content.effect_digest] += 1
-        self._names_by_effect.setdefault(version.content.effect_digest, Counter())[version.name] += 1
-
-    def hide(self, version: AdapterVersion) -> None:
-        """Takes a version out of sight, with the aliases that point to it; its bytes still count as used."""
-        entry = self._entries[version.name]
-        self._change(version.name)
-        del entry.versions[version.version]
-        self._forget_name(version)
-        entry.gone |= {version.version}
-        entry.aliases = {alias: number for alias, number in entry.aliases.items() if number != version.version}
-        if not entry.versions:
-            self._names.remove(version.name)
-
-    def forget(self, version: AdapterVersion) -> tuple[list[str], str | None]:
-        """Ends a hidden version's use of bytes: (blobs, effect) that nobody uses any more."""
-        unused = []
-        for sha256 in {file.sha256 for file in version.files}:
-            uses = sum(file.sha256 == sha256 for file in version.files)
-            self._blob_uses[sha256] -= uses
-            if not self._blob_uses[sha256]:
-                del self._blob_uses[sha256]
-                unused.append(sha256)
-        effect = version.content.effect_digest
-        self._effect_uses[effect] -= 1
-        if self._effect_uses[effect]:
-            return unused, None
-        del self._effect_uses[effect]
-        return unused, effect
-
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Points an alias to a version that is visible."""
-        entry = self._entries[name]
-        assert version in entry.versions, f"{name}@{version} is not committed"
+    def put(self, name: str, disk: OnDisk, judge: Callable[[AdapterVersion], Mark]) -> None:
+        """Takes what has been read of a name for what was known. `judge` sees what was not known to be ready."""
+        before = self._entries.get(name, Entry())
+        if before.disk == disk:
+            return
         self._change(name)
-        entry.aliases[alias] = version
+        self._count(before, -1)
+        entry = self._entries[name] = Entry(disk)
+        for number, version in disk.versions.items():
+            if number not in disk.gone:
+                old = before.versions.get(number)
+                fresh = READY if old is not None and old.state is VersionState.READY else judge(version)
+                state, reason = self._marks.get((name, number), fresh)
+                entry.versions[number] = replace(version, state=state, reason=reason)
+        entry.routes = disk.routes
+        self._count(entry, 1)
+        for number in before.versions.keys() - entry.versions.keys():
+            self._marks.pop((name, number), None)
+        if entry.versions and not before.versions:
+            bisect.insort(self._names, name)
+        if before.versions and not entry.versions:
+            self._names.remove(name)
+        self._damaged.discard(name)
+        if disk.is_damaged or disk.damaged:
+            self._damaged.add(name)
+        if entry.disk == OnDisk():
+            del self._entries[name]
 
-    def set_state(self, version: AdapterVersion, state: VersionState, reason: str | None) -> None:
-        versions = self._entries[version.name].versions
+    def clear_unlisted(self, names: Iterable[str]) -> None:
+        """Forgets every name that is not among these."""
+        for name in self._entries.keys() - set(names):
+            self.put(name, OnDisk(), lambda version: READY)
+
+    def set_mark(self, version: AdapterVersion, mark: Mark) -> None:
+        """Sets how a version can be used, until the process ends."""
+        entry = self._entries.get(version.name, Entry())
+        if version.version not in entry.versions:
+            return
         self._change(version.name)
-        if version.version in versions:
-            versions[version.version] = replace(version, state=state, reason=reason)
+        if mark == READY:
+            self._marks.pop((version.name, version.version), None)
+        else:
+            self._marks[version.name, version.version] = mark
+        plain = entry.disk.versions[version.version]
+        entry.versions[version.version] = replace(plain, state=mark[0], reason=mark[1])
 
-    def look_up(self, reference: Reference) -> AdapterVersion:
-        """Raises AdapterNotFound, AliasNotFound, VersionNotFound."""
+    def hidden(self) -> list[AdapterVersion]:
+        """Deleted versions whose record and bytes are still there."""
+        return [
+            entry.disk.versions[number]
+            for entry in self._entries.values()
+            if entry.disk.gone
+            for number in entry.disk.versions.keys() & entry.disk.gone
+        ]
+
+    def is_hidden(self, version: AdapterVersion) -> bool:
+        disk = self.disk(version.name)
+        return version.version in disk.gone and version.version in disk.versions
+
+    def used_by_no_other(self, version: AdapterVersion) -> tuple[list[str], str | None]:
+        """(blobs, effect) that would be of no use without this version."""
+        own = Counter(file.sha256 for file in version.files)
+        blobs = [sha256 for sha256, uses in own.items() if self._blob_uses[sha256] == uses]
+        effect = version.content.effect_digest
+        return blobs, effect if self._effect_uses[effect] == 1 else None
+
+    def attributes(self) -> dict[str, Attributes]:
+        """Of adapters of which anything is said."""
+        plain = Attributes()
+        return {name: found for name in self._names if (found := self._entries[name].disk.attributes) != plain}
+
+    def names_with_more_than(self, num_versions: int) -> list[str]:
+        return [name for name in self._names if len(self._entries[name].versions) > num_versions]
+
+    def look_up(self, reference: Reference, key: str | None = None) -> AdapterVersion:
+        """See `Catalog.look_up`. Raises AdapterNotFound, AliasNotFound, VersionNotFound."""
         entry = self._entries.get(reference.name)
         if entry is None or not entry.versions:
             raise AdapterNotFound(f"there is no adapter {reference.name!r}.")
         number = reference.version
         if number is None:
             assert reference.alias is not None
-            if reference.alias not in entry.aliases:
+            if reference.alias not in entry.routes:
                 raise AliasNotFound(
                     f"adapter {reference.name!r} has no alias {reference.alias!r}. It has {_listed(entry)}."
                 )
-            number = entry.aliases[reference.alias]
+            number = entry.routes[reference.alias].choose(key, salt=reference.name)
         if number not in entry.versions:
             raise VersionNotFound(f"adapter {reference.name!r} has no version {number}. It has {_listed(entry)}.")
         return entry.versions[number]
@@ -124,7 +156,10 @@ class Index:
             entry = self._entries.get(name)
             if entry is None or not entry.versions:
                 raise AdapterNotFound(f"there is no adapter {name!r}.")
-            self._records[name] = AdapterRecord(name, tuple(entry.versions.values()), dict(entry.aliases))
+            mains = {alias: route.main for alias, route in entry.routes.items()}
+            self._records[name] = AdapterRecord(
+                name, tuple(entry.versions.values()), mains, routes=entry.routes, attributes=entry.disk.attributes
+            )
         return self._records[name]
 
     def names(self, prefix: str, after: str, limit: int) -> list[str]:
@@ -147,11 +182,16 @@ class Index:
             before = self._states.pop(name, None)
             if before is not None:
                 self._num_by_state[before] -= 1
-            if self._entries[name].versions:
+            if name in self._entries and self._entries[name].versions:
                 state = self._states[name] = self.record(name).state
                 self._num_by_state[state] += 1
         self._changed.clear()
         return +self._num_by_state
+
+    @property
+    def has_damage(self) -> bool:
+        """Whether files of some name cannot be read: what they refer to is unknown, so nothing may be called unused."""
+        return bool(self._damaged)
 
     @property
     def used_blobs(self) -> Mapping[str, int]:
@@ -165,17 +205,34 @@ class Index:
         self._records.pop(name, None)
         self._changed.add(name)
 
-    def _forget_name(self, version: AdapterVersion) -> None:
-        effect = version.content.effect_digest
-        names = self._names_by_effect[effect]
-        names[version.name] -= 1
-        if not names[version.name]:
-            del names[version.name]
-        if not names:
-            del self._names_by_effect[effect]
+    def _count(self, entry: Entry, sign: int) -> None:
+        """Adds an entry's uses of bytes, or takes them away."""
+        for version in entry.disk.versions.values():
+            for file in version.files:
+                _add(self._blob_uses, file.sha256, sign)
+            _add(self._effect_uses, version.content.effect_digest, sign)
+        for version in entry.versions.values():
+            effect = version.content.effect_digest
+            names = self._names_by_effect.setdefault(effect, Counter())
+            _add(names, version.name, sign)
+            if not names:
+                del self._names_by_effect[effect]
+
+
+def _add(counts: Counter[str], key: str, number: int) -> None:
+    counts[key] += number
+    if not counts[key]:
+        del counts[key]
 
 
 def _listed(entry: Entry) -> str:
     versions = ", ".join(str(number) for number in list(entry.versions)[-8:])
-    aliases = ", ".join(f"{alias} ({number})" for alias, number in sorted(entry.aliases.items())[:8])
+    aliases = ", ".join(f"{alias} ({_told(route)})" for alias, route in sorted(entry.routes.items())[:8])
     return f"versions {versions}" + (f" and aliases {aliases}" if aliases else " and no alias")
+
+
+def _told(alias: Alias) -> str:
+    """ "3", or "3: 90, 4: 10"."""
+    if len(alias.weights) == 1:
+        return str(alias.main)
+    return ", ".join(f"{version}: {share}" for version, share in sorted(alias.weights.items()))

@@ -1,41 +1,43 @@
-"""Where things lie in a store's directory, and how they are found again when it is opened.
+"""Where things lie in a store's directory.
 
     store.json                      schema of everything below
-    lock                            held by the process that has the store open
+    lock, locks                     held by the processes that have the store open, see `locks.py`
     versions/<name>/<n>.json        the commit of a version: it exists once this file has its name
-    aliases/<name>/<alias>.json     {"version": 4, "previous": 3}
+    aliases/<name>/<alias>.json     what an alias means and meant, see `alias.py`
+    attributes/<name>.json          labels, pins and the like, see `attributes.py`
     tombstones/<name>.json          {"versions": [1, 2]}: numbers that are gone and never come back
+    changes/<n>                     who changed what, for other processes, see `journal.py`; may be lost
     blobs/sha256/<hex>              the bytes of files, each content once
     images/<effect>-<variant>.img   packed images, and beside each a small .json; all may be lost
-    staging/                        uploads in progress; emptied at opening
+    staging/<process>-<upload>/     uploads in progress
 
 A name's slash is written `%2F`, so adapter "a" and adapter "a/1.json" never meet in one directory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from adapters_store.durable import make_directory, read_json, remove, remove_tree, write_json
+from adapters_store.durable import is_temporary, make_directory, read_json
 from adapters_store.errors import StoreBusy, StoreDamaged, StoreUnusable
-from adapters_store.record import SCHEMA
+from adapters_store.schema import MARKER, settle_schema
 
-_MARKER = "store.json"
 _LOCK = "lock"
+_LOCKS = "locks"
 
 
 class Layout:
-    """The directory of one store, open in this process and in no other."""
+    """The directory of one store, which other processes may have open too."""
 
     def __init__(self, root: Path) -> None:
-        """Opens `root`, creating it if need be.
+        """Opens `root`, creating it if need be, and brings an older store up to date.
 
         Raises:
-            StoreBusy: another process (or another Catalog of this one) has it open.
+            StoreBusy: a process of an older release has it open.
             StoreDamaged: it was written by a newer program, or is something else than a store.
             StoreUnusable: it cannot be made, read or written.
         """
@@ -47,15 +49,15 @@ class Layout:
                 f"{root} cannot be used as an adapter store: {error.strerror}. Choose a directory that can be written."
             ) from error
         try:
-            self._check_schema()
-            for path in (self.versions, self.aliases, self.tombstones, self.blobs, self.images, self.staging):
+            settle_schema(root, root / _LOCKS)
+            for path in (*self.small_files, self.changes, self.blobs, self.images, self.staging):
                 make_directory(path)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Lets another process open the store. Again is harmless."""
+        """Ends this process's use of the store. Again is harmless."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -63,6 +65,10 @@ class Layout:
     @property
     def is_open(self) -> bool:
         return self._lock >= 0
+
+    @property
+    def locks(self) -> Path:
+        return self.root / _LOCKS
 
     @property
     def versions(self) -> Path:
@@ -73,8 +79,21 @@ class Layout:
         return self.root / "aliases"
 
     @property
+    def attributes(self) -> Path:
+        return self.root / "attributes"
+
+    @property
     def tombstones(self) -> Path:
         return self.root / "tombstones"
+
+    @property
+    def small_files(self) -> tuple[Path, ...]:
+        """The directories that hold what was committed, but for the bytes."""
+        return self.versions, self.aliases, self.attributes, self.tombstones
+
+    @property
+    def changes(self) -> Path:
+        return self.root / "changes"
 
     @property
     def blobs(self) -> Path:
@@ -94,49 +113,43 @@ class Layout:
     def alias_path(self, name: str, alias: str) -> Path:
         return self.aliases / _encode(name) / f"{alias}.json"
 
+    def attributes_path(self, name: str) -> Path:
+        return self.attributes / f"{_encode(name)}.json"
+
     def tombstone_path(self, name: str) -> Path:
         return self.tombstones / f"{_encode(name)}.json"
 
     def blob_path(self, sha256: str) -> Path:
         return self.blobs / sha256
 
-    def find_versions(self) -> Iterator[tuple[str, int, Path]]:
-        """(name, number, path) of every committed version file; temporary files are removed on the way."""
-        for name, path in self._records(self.versions):
-            if path.stem.isdecimal():
-                yield name, int(path.stem), path
+    def names(self) -> list[str]:
+        """Every name of which anything is written, sorted."""
+        found = {entry for parent in (self.versions, self.aliases) for entry in os.listdir(parent)}
+        for parent in (self.tombstones, self.attributes):
+            found.update(_stems(parent))
+        return sorted(_decode(entry) for entry in found)
 
-    def find_aliases(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """(name, alias, content) of every alias file. Raises StoreDamaged."""
-        for name, path in self._records(self.aliases):
-            yield name, path.stem, read_json(path)
+    def version_numbers(self, name: str) -> list[int]:
+        """Numbers of the version files of a name."""
+        return [int(stem) for stem in _stems(self.versions / _encode(name)) if stem.isdecimal()]
 
-    def find_tombstones(self) -> Iterator[tuple[str, frozenset[int]]]:
-        """(name, numbers that are gone). Raises StoreDamaged."""
-        for path in _json_files(self.tombstones):
-            yield _decode(path.stem), frozenset(read_json(path)["versions"])
+    def alias_names(self, name: str) -> list[str]:
+        return _stems(self.aliases / _encode(name))
 
-    def sweep_staging(self) -> None:
-        for entry in os.scandir(self.staging):
-            remove_tree(Path(entry.path))
+    def read_tombstone(self, name: str) -> frozenset[int]:
+        """Numbers that are gone. Raises StoreDamaged."""
+        try:
+            return frozenset(int(number) for number in read_json(self.tombstone_path(name))["versions"])
+        except FileNotFoundError:
+            return frozenset()
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreDamaged(f"{self.tombstone_path(name)} lacks or mistypes {error}.") from error
 
-    def _records(self, parent: Path) -> Iterator[tuple[str, Path]]:
-        for entry in os.scandir(parent):
-            if entry.is_dir():
-                for path in _json_files(Path(entry.path)):
-                    yield _decode(entry.name), path
-
-    def _check_schema(self) -> None:
-        marker = self.root / _MARKER
-        if not marker.exists():
-            write_json(marker, {"schema": SCHEMA})
-            return
-        found = read_json(marker).get("schema")
-        if found != SCHEMA:
-            raise StoreDamaged(
-                f"{self.root} has schema {found!r}; this program reads schema {SCHEMA}. Use the program that wrote it, "
-                "or another directory."
-            )
+    def temporary_files(self) -> Iterator[Path]:
+        """Small files that were being written. Under the lock of changes nobody writes them any more."""
+        for parent in self.small_files:
+            for directory, _, files in os.walk(parent):
+                yield from (Path(directory, file) for file in files if is_temporary(file))
 
 
 def check_store(root: Path) -> None:
@@ -144,32 +157,33 @@ def check_store(root: Path) -> None:
     Layout(root).close()
 
 
-def _json_files(directory: Path) -> Iterator[Path]:
-    for entry in os.scandir(directory):
-        if entry.name.endswith(".json"):
-            yield Path(entry.path)
-        elif entry.name.endswith(".tmp"):
-            remove(Path(entry.path))
+def _stems(directory: Path) -> list[str]:
+    """Names of the JSON files in a directory, without their suffix; of a missing one, none."""
+    with contextlib.suppress(FileNotFoundError):
+        return [entry[:-5] for entry in os.listdir(directory) if entry.endswith(".json")]
+    return []
 
 
 def _enter(root: Path) -> int:
-    """The lock of a directory that is a store or can become one."""
+    """A hold on a directory that is a store or can become one."""
     root.mkdir(parents=True, exist_ok=True)
-    foreign = {entry.name for entry in os.scandir(root)} - {_MARKER, _LOCK, f"{_MARKER}.tmp"}
-    if foreign and not (root / _MARKER).exists():
+    ours = {MARKER, _LOCK, _LOCKS}
+    foreign = {entry for entry in os.listdir(root) if entry not in ours and not is_temporary(entry)}
+    if foreign and not (root / MARKER).exists():
         raise StoreDamaged(f"{root} is not empty and no adapter store. Choose an empty or a new directory.")
     return _hold(root / _LOCK)
 
 
 def _hold(path: Path) -> int:
+    """Beside other processes of this release; one of schema 1 wants the store for itself."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         raise StoreBusy(
-            f"the adapter store {path.parent} is open in another process. Stop that one, or give this one a store "
-            "directory of its own."
+            f"the adapter store {path.parent} is open in another process, of a release that does not share. Stop that "
+            "one, or give this one a store directory of its own."
         ) from error
     return descriptor
 

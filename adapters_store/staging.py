@@ -105,7 +105,11 @@ class Stage:
         self._num_unchecked_bytes = 0
         self._sinks: list[FileSink] = []
         self._is_owned = True
-        directory.mkdir()
+        try:
+            directory.mkdir()
+        except OSError as error:
+            raise_if_full(error)
+            raise
         self.require_space(0)
 
     def __enter__(self) -> Stage:
@@ -200,7 +204,6 @@ class Stage:
 
     def _complete(self, file: StoredFile) -> None:
         self._files[file.path] = file
-        sync_directory(self.directory)
 
     def _forget(self, num_bytes: int) -> None:
         self._num_bytes -= num_bytes
@@ -250,6 +253,7 @@ class FileSink:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
+            sync_directory(self._stage.directory)
             self._file.close()
         except OSError as error:
             self.abandon()

@@ -5,35 +5,144 @@ Every process on a store may do it, at any moment, as often as it likes: `tend` 
 
 from __future__ import annotations
 
-from datetime import datetime
+import contextlib
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import NamedTuple
 
-from adapters_store.record import AdapterVersion
+from adapters_store.durable import remove
+from adapters_store.errors import AliasInUse, NotFound, PreconditionFailed
+from adapters_store.holdings import Holdings
+from adapters_store.record import AdapterRecord, AdapterVersion
+
+logger = logging.getLogger(__name__)
+
+Delete = Callable[..., list[AdapterVersion]]  # `Catalog.delete`
 
 
 class Collected(NamedTuple):
     versions: int  # deleted ones whose records and bytes are gone now
     held: int  # deleted ones that some process still holds
-    freed_bytes: int
+    freed_bytes: int  # of files; packed images come on top
     stages: int  # uploads of processes that died
 
 
 class Upkeep:
-    def expire(self, now: datetime | None = None) -> list[AdapterVersion]:
+    def __init__(self, holdings: Holdings, delete: Delete, keep_versions: int | None) -> None:
+        self._holdings = holdings
+        self._layout = holdings.layout
+        self._delete = delete
+        self._keep_versions = keep_versions
+
+    def expire(self, at: datetime | None = None) -> list[AdapterVersion]:
         """Deletes the adapters whose `expires_at` has passed and that are not pinned; returns what went."""
-        raise NotImplementedError
+        moment = at or datetime.now(UTC)
+
+        def is_expired(record: AdapterRecord) -> bool:
+            said = record.attributes
+            return said.expires_at is not None and not said.pinned and datetime.fromisoformat(said.expires_at) <= moment
+
+        def expect(record: AdapterRecord | None) -> None:
+            if record is None or not is_expired(record):
+                raise PreconditionFailed("it was given more time meanwhile.")
+
+        with self._holdings.reading() as index:
+            names = [name for name in index.attributes() if is_expired(index.record(name))]
+        gone: list[AdapterVersion] = []
+        for name in names:
+            with contextlib.suppress(NotFound, PreconditionFailed):
+                gone += self._delete(name, expect=expect)
+                logger.info("%s has expired and is deleted", name)
+        return gone
 
     def prune(self, name: str) -> list[AdapterVersion]:
-        """Deletes versions beyond the newest N (`keep_versions` of the adapter, else of the store).
+        """Deletes versions that are not among the newest N (`keep_versions` of the adapter, else of the store).
 
-        A version that an alias points to, or that is pinned, stays, and does not count.
+        A version that an alias points to, or that is pinned, stays.
         """
-        raise NotImplementedError
+        record = self._holdings.record(name)
+        if record is None:
+            return []
+        keep = record.attributes.keep_versions or self._keep_versions
+        if keep is None or len(record.versions) <= keep:
+            return []
+        gone: list[AdapterVersion] = []
+        for version in record.versions[:-keep]:
+
+            def expect(present: AdapterRecord | None, number: int = version.version) -> None:
+                if present is None or present.is_pinned(number):
+                    raise PreconditionFailed("it was pinned meanwhile.")
+
+            with contextlib.suppress(NotFound, AliasInUse, PreconditionFailed):
+                gone += self._delete(name, version.version, expect=expect)
+        return gone
+
+    def purge(self, version: AdapterVersion) -> int | None:
+        """Removes a deleted version's record and the bytes that no other uses, unless some process holds it.
+
+        Returns the bytes freed; None if it is held, or not there any more.
+        """
+        if not self._layout.is_open:
+            return None  # whoever opens the store next finishes it
+        with self._holdings.changing(), self._holdings.locks.tried(str(version)) as is_free:
+            with self._holdings.reading() as index:
+                is_due = is_free and index.is_hidden(version)
+                blobs, effect = index.used_by_no_other(version)
+                if index.has_damage:
+                    blobs, effect = [], None
+            return self._remove(version, blobs, effect) if is_due else None
 
     def collect(self) -> Collected:
         """Removes the bytes of deleted versions that no process on any host holds, stray files, and dead uploads."""
-        raise NotImplementedError
+        with self._holdings.reading() as index:
+            hidden = index.hidden()
+        freed = [self.purge(version) for version in hidden]
+        stages = self._holdings.sweep_stages()
+        with self._holdings.changing():
+            for path in list(self._layout.temporary_files()):
+                remove(path)
+            with self._holdings.reading() as index:
+                has_damage, blobs, effects = index.has_damage, set(index.used_blobs), index.used_effects
+            stray = 0 if has_damage else self._sweep(blobs, effects)
+        done = [num_bytes for num_bytes in freed if num_bytes is not None]
+        with self._holdings.reading() as index:
+            held = len(index.hidden())
+        return Collected(len(done), held, sum(done) + stray, stages)
 
     def tend(self) -> Collected:
         """All of the above, for every adapter."""
-        raise NotImplementedError
+        self.expire()
+        with self._holdings.reading() as index:
+            fewest = min([found.keep_versions or 1 for found in index.attributes().values()], default=None)
+            keep = min((number for number in (fewest, self._keep_versions) if number is not None), default=None)
+            names = [] if keep is None else index.names_with_more_than(keep)
+        for name in names:
+            self.prune(name)
+        return self.collect()
+
+    def _remove(self, version: AdapterVersion, blobs: list[str], effect: str | None) -> int | None:
+        """The record goes last, so that what could not be removed is tried again."""
+        freed = 0
+        try:
+            with self._holdings.announced(version.name):
+                for sha256 in blobs:
+                    remove(self._layout.blob_path(sha256))
+                freed = sum(file.size for file in version.files if file.sha256 in blobs)
+                if effect is not None:
+                    self._holdings.shelf.discard(effect)
+                remove(self._layout.version_path(version.name, version.version))
+        except OSError as error:
+            logger.error("the bytes of %s, deleted, could not all be removed: %s", version, error)
+            return None
+        return freed
+
+    def _sweep(self, blobs: set[str], effects: set[str]) -> int:
+        """Removes blobs and images that no version uses; bytes of blobs freed."""
+        freed = 0
+        for path in list(self._layout.blobs.iterdir()):
+            if path.name not in blobs:
+                freed += path.stat().st_size
+                remove(path)
+        self._holdings.shelf.keep_only(effects)
+        return freed

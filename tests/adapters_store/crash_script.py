@@ -18,7 +18,7 @@ from adapters_store.catalog import Catalog
 from adapters_store.images import StagedImage
 from tests.adapters_store.store_samples import BASE, commit
 
-POINTS = ("replace", "fsync", "unlink", "mkdir", "open")
+POINTS = ("replace", "link", "fsync", "unlink", "mkdir", "open", "write")
 
 
 def plant(fatal_point: int, after: bool) -> Callable[[], int]:
@@ -31,10 +31,11 @@ def plant(fatal_point: int, after: bool) -> Callable[[], int]:
             num_calls += 1
             if num_calls == fatal_point and not after:
                 os._exit(9)
-            result = real(*arguments, **options)
-            if num_calls == fatal_point and after:
-                os._exit(9)
-            return result
+            try:
+                return real(*arguments, **options)
+            finally:
+                if num_calls == fatal_point and after:
+                    os._exit(9)
 
         return call
 
@@ -70,8 +71,9 @@ def run_in_child(scenario: str, store: str, point: int, side: str) -> tuple[int,
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        write = os.write
         num_changes = work(scenario, store, point, side)
-        os.write(writing, str(num_changes).encode())
+        write(writing, str(num_changes).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:

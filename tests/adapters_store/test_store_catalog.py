@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import threading
 from pathlib import Path
 
@@ -268,10 +269,14 @@ def test_an_unreadable_record_is_left_out_and_nothing_is_swept(
     again.close()
 
 
-def test_a_store_is_open_once(catalog: Catalog, store: Path) -> None:
-    with pytest.raises(StoreBusy, match="open in another process"):
-        Catalog(store, BASE)
-    catalog.close()
+def test_a_release_that_does_not_share_and_this_one_keep_each_other_out(catalog: Catalog, store: Path) -> None:
+    with (store / "lock").open("rb") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        catalog.close()
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(StoreBusy, match="open in another process"):
+            Catalog(store, BASE)
     Catalog(store, BASE).close()
 
 

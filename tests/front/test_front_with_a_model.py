@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -110,7 +111,9 @@ def test_wrong_paths_are_refused_before_anything_is_started(
     store = tmp_path / "store"
     (tmp_path / "mute").mkdir()
     (tmp_path / "mute" / "config.json").write_text("{}")
-    used = Layout(tmp_path / "used")
+    Layout(tmp_path / "used").close()
+    used = (tmp_path / "used" / "lock").open("rb")
+    fcntl.flock(used, fcntl.LOCK_EX)  # as a release does that does not share a store
 
     async def refuse(match: str, **settings: Any) -> None:
         async def launch(*_: Any) -> Launched:
