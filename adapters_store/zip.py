@@ -26,7 +26,6 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
     EOFError,
-    NotImplementedError,
     OverflowError,
     RuntimeError,
     ValueError,

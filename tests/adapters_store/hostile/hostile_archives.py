@@ -37,7 +37,7 @@ def _tar_paths() -> Iterator[HostileMember]:
     paths: dict[str, bytes | str] = {
         "climbs": "../adapter_config.json",
         "climbs-from-inside": "sql/../../../adapter_config.json",
-        "absolute": "/tmp/adapter_config.json",
+        "absolute": "/var/adapter_config.json",
         "backslash": "..\\adapter_config.json",
         "drive": "C:/adapter_config.json",
         "empty-part": "sql//adapter_config.json",
@@ -61,7 +61,7 @@ def _tar_kinds() -> Iterator[HostileMember]:
     for name, kind in kinds.items():
         entry = TarEntry("README.md", kind=kind, link=b"/etc/passwd")
         yield archive(f"tar-{name}", UNSAFE, sound_tar(entry))
-    linked = TarEntry("sql", kind=b"2", link=b"/tmp")
+    linked = TarEntry("sql", kind=b"2", link=b"/var")
     yield archive("tar-folder-is-a-link", UNSAFE, sound_tar(linked, folder="sql/"))
     yield archive("tar-weights-are-a-link", UNSAFE, tar(TarEntry("adapter_config.json", config()),
                   TarEntry("adapter_model.safetensors", kind=b"2", link=b"/etc/shadow")))  # fmt: skip
@@ -133,7 +133,7 @@ def _gzips() -> Iterator[HostileMember]:
 def _zips() -> Iterator[HostileMember]:
     readme = ZipEntry("README.md", b"x")
     yield archive("zip-climbs", UNSAFE, sound_zip(ZipEntry("../../README.md", b"x")))
-    yield archive("zip-absolute", UNSAFE, sound_zip(ZipEntry("/tmp/README.md", b"x")))
+    yield archive("zip-absolute", UNSAFE, sound_zip(ZipEntry("/var/README.md", b"x")))
     yield archive("zip-backslash", UNSAFE, sound_zip(ZipEntry("..\\README.md", b"x")))
     yield archive("zip-null-in-a-name", UNSAFE, sound_zip(ZipEntry(b"README.md\0.png", b"x")))
     yield archive("zip-not-utf8", BROKEN, sound_zip(ZipEntry(b"\xff\xfe.md", b"x")), 400)
