@@ -138,25 +138,28 @@ class OperationBook:
         self._operations: OrderedDict[str, Operation] = OrderedDict()
         self._on_change = on_change
 
-    def start(self, kind: str, target: str, work: Work, *, actor: str) -> Operation:
-        """Runs `work` in the background; what it returns is the operation's result, what it raises its error."""
+    def start(self, kind: str, target: str, work: Work, *, actor: str, is_change: bool = True) -> Operation:
+        """Runs `work` in the background; what it returns is the operation's result, what it raises its error.
+
+        Of work that only looks (`is_change` False), `on_change` hears nothing.
+        """
         operation = Operation(kind, target, actor)
         self._operations[operation.id] = operation
         self._forget_old()
 
         async def told(running: Operation) -> Mapping[str, Any] | None:
             result = await work(running)
-            if self._on_change is not None:
+            if is_change and self._on_change is not None:
                 await self._on_change(running, result or {})
             return result
 
         operation.run(told)
         return operation
 
-    def find(self, operation_id: str) -> Operation:
-        """Raises AdminRefusal."""
+    def find(self, operation_id: str, sees: Callable[[Operation], bool] = lambda operation: True) -> Operation:
+        """Raises AdminRefusal for one that is not there, or that the caller does not see."""
         found = self._operations.get(operation_id)
-        if found is None:
+        if found is None or not sees(found):
             text = f"there is no operation {operation_id[:80]!r}; it may have ended long ago."
             raise AdminRefusal(404, "operation_not_found", text)
         return found

@@ -69,7 +69,7 @@ async def carry_out(request: Request, stage: Stage, order: UploadOrder) -> Respo
     order.precondition.check(known_record(front.library, order.name))
     if order.dry_run:
         unchanged(request)
-        return _json(await _check(front, stage, order.name), 200)
+        return _json(await check_stage(front, stage, order.name), 200)
     committed = await front.library.add(
         stage,
         order.name,
@@ -88,7 +88,8 @@ async def carry_out(request: Request, stage: Stage, order: UploadOrder) -> Respo
     return answer
 
 
-async def _check(front: Front, stage: Stage, name: str) -> CheckResource:
+async def check_stage(front: Front, stage: Stage, name: str) -> CheckResource:
+    """What a dry run answers. Raises what `Library.check` raises."""
     prepared = await front.library.check(stage)
     return CheckResource(
         name=name,

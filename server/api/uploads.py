@@ -1,5 +1,7 @@
 """`POST /admin/v1/adapters`: an adapter's files come in, are checked against the base, and become a version.
 
+A JSON body names a source instead, see `server.api.pulls`.
+
 Nothing of an upload counts before the commit: a refusal, a client that leaves or a full disk leaves the store as it
 was. Content that is a version already makes no new one.
 """
@@ -12,22 +14,28 @@ from fastapi import Query, Request, Response
 
 from server.api.auth import admin, guarded_router, scoped, takes_upload
 from server.api.caller import caller_of
-from server.api.documented import ADMIN_ONE, ADMIN_UPLOAD, Responses
+from server.api.documented import ADMIN_CHANGE, ADMIN_ONE, ADMIN_UPLOAD, Responses
+from server.api.operations import OperationResource
 from server.api.preconditions import Precondition
+from server.api.pulls import PullOrder, is_order, start_pull
 from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
 from server.api.upload import UploadForm, UploadMetadata, receive
 from server.api.upload_order import UploadOrder, carry_out, known_record, require_known_query
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
-_BODY = {
-    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UploadForm.model_json_schema()}}}
+_CONTENT = {
+    "multipart/form-data": {"schema": UploadForm.model_json_schema()},
+    "application/json": {"schema": PullOrder.model_json_schema()},
 }
+_BODY = {"requestBody": {"required": True, "content": _CONTENT}}
 _RESPONSES: Responses = {
     **ADMIN_UPLOAD,
     404: ADMIN_ONE[404],
     200: {"description": "Known content, or a dry run.", "model": VersionResource | CheckResource},
     201: {"description": "A new version.", "model": VersionResource},
+    202: {"description": "The source is being fetched; follow the operation.", "model": OperationResource},
+    424: ADMIN_CHANGE[424],
 }
 
 
@@ -38,8 +46,16 @@ _RESPONSES: Responses = {
 async def upload(
     request: Request,
     dry_run: Annotated[bool, Query(description="Check the adapter and keep nothing.")] = False,
+    wait: Annotated[float, Query(ge=0, le=600, description="Seconds to wait for a source, before a 202.")] = 0.0,
 ) -> Response:
-    """`curl -F 'metadata={"name": "pirate"}' -F files=@adapter_config.json -F files=@adapter_model.safetensors URL`"""
+    """Files as they are, or JSON that names where to fetch them.
+
+    `curl -F 'metadata={"name": "pirate"}' -F files=@adapter_config.json -F files=@adapter_model.safetensors URL`
+    `curl --json '{"name": "sql", "source": {"uri": "org/sql-lora"}}' URL?wait=60`
+    """
+    if is_order(request):
+        require_known_query(request, ("dry_run", "wait"))
+        return await start_pull(request, is_dry_run=dry_run, wait_s=wait)
     service: Service = request.app.state.service
     library = service.front.library
     require_known_query(request, ("dry_run",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 from pathlib import Path
 
 from adapters_store.errors import StoreError
@@ -57,7 +58,7 @@ def source_policy(settings: Settings) -> SourcePolicy:
     return SourcePolicy(
         roots=roots,
         hub_endpoint=settings.hub_endpoint,
-        is_offline=settings.offline,
+        is_offline=settings.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
         web_hosts=settings.https_sources,
         web_networks=tuple(ipaddress.ip_network(network) for network in settings.https_source_networks),
         auto_load=settings.adapter_auto_load,

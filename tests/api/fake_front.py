@@ -36,6 +36,8 @@ from server.front.text import (
 )
 from server.library.lease import AdapterLease
 from server.library.library import Library
+from server.library.sources.policy import SourcePolicy
+from server.library.sources.puller import Puller
 from server.loader.errors import AdapterRefused
 from server.loader.job import Loader, PackingTarget, Prepared, PrepareJob
 
@@ -192,6 +194,7 @@ class FakeGeneration:
 class FakeFront:
     def __init__(self, library: Library, max_open: int = 1000) -> None:
         self.library = library
+        self.puller = Puller(library, SourcePolicy())
         self.engine = FakeEngine()
         self.metrics = RequestMetrics(DESCRIPTION.max_model_len)
         self.requests: list[TextRequest] = []

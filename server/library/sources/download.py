@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from adapters_store.errors import StoreError, TooLarge
 from adapters_store.record import Source
@@ -19,7 +19,8 @@ from adapters_store.staging import Stage
 from server.library.errors import SourceError, SourceUnavailable
 from server.library.sources.listing import AdapterSource
 
-Progress = Callable[[int, int | None, str], None]  # (bytes so far, bytes in all or None, phase)
+Phase = Literal["downloading", "validating"]
+Progress = Callable[[int, int | None, Phase], None]  # (bytes so far, bytes in all or None, phase)
 _TELL_EVERY_S = 0.1
 _LEAVE_S = 1.0
 

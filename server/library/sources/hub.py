@@ -2,7 +2,7 @@
 
 Bytes stream from the Hub into the store, so nothing is written to the Hub's local cache; what lies there already, put
 by whatever program, is what `offline` serves from. Without a token of the request's own the environment's is used
-(`HF_TOKEN`, or the one that was logged in with), as everything that speaks to the Hub does.
+(`HF_TOKEN`, or the one that was logged in with), as everything that speaks to the Hub does; an empty one is none.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class HubSource:
         self._reference = reference
         self._repo = reference.place
         self._endpoint = policy.hub_endpoint
-        self._token = token or (None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token())
+        self._token = token
+        if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+            self._token = get_token()
         self._is_offline = policy.is_offline or constants.HF_HUB_OFFLINE
         self._commit = ""
 

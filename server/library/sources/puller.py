@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 
 from adapters_store.catalog import Committed
 from adapters_store.names import DEFAULT_ALIAS, check_name
+from adapters_store.record import Expectation
 from server.library.errors import SourceForbidden, SourceInvalid
 from server.library.library import Library
 from server.library.sources.download import Download, Fetched, Progress
@@ -41,8 +42,10 @@ class Puller:
         name: str,
         *,
         token: str | None = None,
+        is_trusted: bool = True,
         aliases: Iterable[str] = (DEFAULT_ALIAS,),
         create_only: bool = False,
+        expect: Expectation | None = None,
         progress: Progress | None = None,
     ) -> Committed:
         """Fetches an adapter and makes it a version of `name`; see `Library.add`.
@@ -50,6 +53,7 @@ class Puller:
         Args:
             uri: in the grammar of `server.library.sources.reference`.
             token: for this fetch alone; kept nowhere and told to nobody but the source.
+            is_trusted: whether what this machine can reach, and the server's own credentials, are the caller's to use.
             progress: called with (bytes so far, bytes in all or None, phase).
 
         Raises:
@@ -57,36 +61,44 @@ class Puller:
             As `Library.add`: it was fetched, and is refused.
         """
         check_name(name)
-        async with self.fetched(uri, token=token, progress=progress) as fetched:
+        async with self.fetched(uri, token=token, is_trusted=is_trusted, progress=progress) as fetched:
             if progress is not None:
                 num_bytes = sum(file.size for file in fetched.stage.files)
                 progress(num_bytes, num_bytes, "validating")
             return await self._library.add(
-                fetched.stage, name, source=fetched.source, aliases=aliases, create_only=create_only
+                fetched.stage, name, source=fetched.source, aliases=aliases, create_only=create_only, expect=expect
             )
 
     @asynccontextmanager
     async def fetched(
-        self, uri: str, *, token: str | None = None, progress: Progress | None = None
+        self, uri: str, *, token: str | None = None, is_trusted: bool = True, progress: Progress | None = None
     ) -> AsyncIterator[Fetched]:
         """The files of an adapter in a stage, gone when the block ends. Raises as `pull`."""
-        reference = self.check(uri, token)
+        reference = self.check(uri, token, is_trusted=is_trusted)
         async with self._turns:
             stage = await asyncio.to_thread(self._library.stage)
-            opening = functools.partial(open_source, reference, self.policy, token)
+            # An empty token is none at all: not even the server's own.
+            opening = functools.partial(open_source, reference, self.policy, token if is_trusted else token or "")
             fetched = await Download(opening, stage, progress).finish()
         with fetched.stage:
             yield fetched
 
-    def check(self, uri: str, token: str | None = None) -> SourceReference:
+    def check(self, uri: str, token: str | None = None, *, is_trusted: bool = True) -> SourceReference:
         """What can be known without asking anybody. Raises SourceInvalid, SourceForbidden."""
         reference = parse_source(uri)
         if token is not None:
             _check_token(reference, token)
-        needs_network = reference.scheme not in (Scheme.HUB, Scheme.LOCAL)
-        if self.policy.is_offline and needs_network:
+        if self.policy.is_offline and reference.scheme in (Scheme.S3, Scheme.GS, Scheme.WEB):
             raise SourceForbidden(f"this server is offline, so {reference.scheme}:// is closed. Upload the adapter.")
+        if not is_trusted and self._is_the_servers_own(reference):
+            raise SourceForbidden("this key is bound to adapters, so it fetches from the Hub and by https:// alone.")
         return reference
+
+    def _is_the_servers_own(self, reference: SourceReference) -> bool:
+        """Whether it is read from this machine's disk, or with this machine's credentials."""
+        if reference.scheme is Scheme.HUB:
+            return self.policy.is_offline  # the cache holds whatever anybody fetched
+        return reference.scheme is not Scheme.WEB
 
 
 def open_source(reference: SourceReference, policy: SourcePolicy, token: str | None) -> AdapterSource:

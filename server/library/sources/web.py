@@ -88,7 +88,7 @@ class WebSource:
     def _open(self, method: str, url: str) -> Iterator[http.client.HTTPResponse]:
         """One request and where it is redirected to. Raises SourceError."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "veneer"}
-        if self._token is not None:
+        if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         for _ in range(_MAX_REDIRECTS + 1):
             connection = self._connect(url)
