@@ -18,21 +18,21 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
-from adapters_store.alias import Alias
 from adapters_store.alias_book import AliasBook
 from adapters_store.attributes import Attributes, check_attributes
-from adapters_store.durable import create_file, json_bytes, make_directory, move_file, raise_if_full, remove, write_json
-from adapters_store.errors import AdapterExists, AdapterNotFound, AliasInUse, StoreError, VersionNotFound
+from adapters_store.durable import make_directory, raise_if_full, remove, write_json
+from adapters_store.errors import AdapterExists, AdapterNotFound, AliasInUse, VersionNotFound
 from adapters_store.fitness import judge
-from adapters_store.holdings import Holdings, now
+from adapters_store.holdings import Holdings
 from adapters_store.images import ImageShelf, StagedImage, StoredImage
 from adapters_store.index import READY
 from adapters_store.leases import Lease, LeaseBook
 from adapters_store.names import DEFAULT_ALIAS, Reference, check_alias, check_name
-from adapters_store.on_disk import OnDisk
+from adapters_store.pen import Pen
 from adapters_store.record import AdapterRecord, AdapterVersion, Content, Expectation, Source, VersionState
 from adapters_store.staging import Stage, StageLimits
 from adapters_store.upkeep import Upkeep
@@ -77,10 +77,12 @@ class Catalog:
         self.limits = limits or StageLimits()
         self._holdings = Holdings(root, functools.partial(judge, base_fingerprint=base_fingerprint))
         self._layout = self._holdings.layout
+        self._pen = Pen(self._layout)
         self._reclaim = reclaim
         self.leases = LeaseBook(self._holdings.locks, self._reclaim_if_deleted)
         self.aliases = AliasBook(self._holdings)
         self.upkeep = Upkeep(self._holdings, self.delete, keep_versions)
+        self._holdings.settle_all(again=False)
         self.upkeep.collect()
 
     def close(self) -> None:
@@ -198,13 +200,13 @@ class Catalog:
                 with self._holdings.announced(name):
                     if image is not None:
                         self.shelf.adopt(content.effect_digest, image)
-                    self._keep_files(stage)
+                    self._pen.keep_files(stage)
                     known = self._find_committed(record, stage.manifest_digest)
                     if known is None:
-                        number = self._write_version(stage, name, content, source, wanted, disk)
+                        number = self._pen.write_version(stage, name, content, source, wanted, disk)
                     else:
                         number = known.version
-                        self._write_aliases(name, wanted, number, disk.aliases)
+                        self._pen.write_aliases(name, wanted, number, disk.aliases)
             except OSError as error:
                 raise_if_full(error)
                 raise
@@ -269,7 +271,7 @@ class Catalog:
                 )
             with self._holdings.announced(name):
                 write_json(self._layout.tombstone_path(name), {"versions": sorted(disk.gone | numbers)})
-                self._trim_aliases(name, {alias: route.without(numbers) for alias, route in lost.items()})
+                self._pen.trim_aliases(name, {alias: route.without(numbers) for alias, route in lost.items()})
                 if is_whole:
                     remove(self._layout.attributes_path(name))
         for item in doomed:
@@ -287,6 +289,14 @@ class Catalog:
         with self._holdings.reading() as index:
             index.set_mark(version, READY if state is VersionState.READY else (state, reason))
 
+    def exclusively(self) -> AbstractContextManager[object]:
+        """A block in which nobody else changes the store. Raises StoreBusy."""
+        return self._holdings.changing()
+
+    def settle(self) -> None:
+        """Reads every file again, as if nothing were known, and writes down what a crash left half said."""
+        self._holdings.settle_all()
+
     # ------------------------------------------------------------------ private
 
     def _reclaim_if_deleted(self, version: AdapterVersion) -> None:
@@ -299,51 +309,3 @@ class Catalog:
 
     def _find_committed(self, record: AdapterRecord | None, manifest_digest: str) -> AdapterVersion | None:
         return None if record is None else self.find_content(record.name, manifest_digest)
-
-    def _keep_files(self, stage: Stage) -> None:
-        for file in stage.files:
-            blob = self._layout.blob_path(file.sha256)
-            if not (blob.exists() and blob.stat().st_size == file.size):
-                move_file(stage.path_of(file.path), blob)
-
-    def _write_version(
-        self, stage: Stage, name: str, content: Content, source: Source, aliases: list[str], disk: OnDisk
-    ) -> int:
-        """The commit. While the version's file is not there, aliases that point to it mean what they meant before."""
-        files, digest = stage.files, stage.manifest_digest
-        number = disk.last_number + 1
-        make_directory(self._layout.version_path(name, number).parent)
-        while True:
-            version = AdapterVersion(name, number, now(), digest, files, source, content)
-            path = self._layout.version_path(name, number)
-            try:
-                self._write_aliases(name, aliases, number, disk.aliases)
-                create_file(path, json_bytes(version.to_json()))
-            except FileExistsError:  # only where locks do not reach another host: its version stays, ours is the next
-                number += 1
-            except Exception:
-                remove(path)
-                self._trim_aliases(name, {alias: disk.aliases.get(alias) for alias in aliases})
-                raise
-            else:
-                return number
-
-    def _write_aliases(self, name: str, aliases: Iterable[str], version: int, before: Mapping[str, Alias]) -> None:
-        for alias in aliases:
-            path = self._layout.alias_path(name, alias)
-            known = before.get(alias)
-            if known is None or known.weights.keys() != {version}:
-                make_directory(path.parent)
-                write_json(path, (Alias({version: 1}) if known is None else known.moved({version: 1}, now())).to_json())
-
-    def _trim_aliases(self, name: str, meanings: Mapping[str, Alias | None]) -> None:
-        """Writes what aliases mean now; None: nothing. What fails is settled by the next change of the name."""
-        for alias, meaning in meanings.items():
-            path = self._layout.alias_path(name, alias)
-            try:
-                if meaning is None:
-                    remove(path)
-                else:
-                    write_json(path, meaning.to_json())
-            except (OSError, StoreError) as error:
-                logger.warning("the alias %s@%s is settled later: %s", name, alias, error)

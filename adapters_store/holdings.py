@@ -112,6 +112,16 @@ class Holdings:
         with self.reading() as index:
             return index.record(name) if index.disk(name).versions.keys() - index.disk(name).gone else None
 
+    def settle_all(self, *, again: bool = True) -> None:
+        """Settles every name that a crash left half changed; reads every file `again` before."""
+        with self._reading:
+            if again:
+                self._read_all()
+            names = self._index.unsettled_names()
+        with self.changing():
+            for name in names:
+                self._settle(name)
+
     def new_stage(self) -> Path:
         """Where an upload of this process may lie; taken for dead once the process is."""
         return self.layout.staging / f"{self._process}-{uuid.uuid4().hex}"

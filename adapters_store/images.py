@@ -52,14 +52,19 @@ class ImageShelf:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._images: dict[tuple[str, str], StoredImage] = {}  # (hex of effect, variant)
+        self._variants: set[str] = set()
         self._lock = threading.Lock()
         for effect, variant in list(self._sidecars()):
             self._recall(effect, variant)
 
     def find(self, effect_digest: str, variant: str) -> StoredImage | None:
         """The image, if it is there and whole."""
+        key = (_hex(effect_digest), variant)
         with self._lock:
-            image = self._images.get((_hex(effect_digest), variant))
+            image = self._images.get(key)
+            if image is None:  # another process may have packed it
+                self._recall(*key)
+                image = self._images.get(key)
         return image if image is not None and image.is_whole else None
 
     def adopt(self, effect_digest: str, image: StagedImage) -> StoredImage:
@@ -76,17 +81,20 @@ class ImageShelf:
         stored = StoredImage(path, image.num_bytes, file_bytes)
         with self._lock:
             self._images[effect, image.variant] = stored
+            self._variants.add(image.variant)
         return stored
 
     def discard(self, effect_digest: str) -> None:
-        """Removes every variant of an effect."""
+        """Removes an effect's images of every variant that was met; `keep_only` finds others."""
         effect = _hex(effect_digest)
         with self._lock:
-            variants = [key for key in self._images if key[0] == effect]
-            for key in variants:
-                del self._images[key]
-        for key in variants:
-            self._remove_files(*key)
+            variants = sorted(self._variants)
+            for variant in variants:
+                self._images.pop((effect, variant), None)
+        for variant in variants:
+            path, sidecar = self._paths(effect, variant)
+            remove(sidecar)
+            remove(path)
 
     def keep_only(self, effect_digests: set[str]) -> None:
         """Removes every image of an effect that is not among these, and every stray file."""
@@ -94,6 +102,9 @@ class ImageShelf:
         with self._lock:
             for key in [key for key in self._images if key[0] not in wanted]:
                 del self._images[key]
+            for key in list(self._sidecars()):  # of other processes too
+                if key not in self._images and key[0] in wanted:
+                    self._recall(*key)
         for entry in list(os.scandir(self._directory)):
             match = _NAME.fullmatch(entry.name)
             if match is None or (match[1], match[2]) not in self._images:
@@ -114,11 +125,7 @@ class ImageShelf:
             return  # it can be packed again
         if image.is_whole:
             self._images[effect, variant] = image
-
-    def _remove_files(self, effect: str, variant: str) -> None:
-        path, sidecar = self._paths(effect, variant)
-        remove(sidecar)
-        remove(path)
+            self._variants.add(variant)
 
     def _paths(self, effect: str, variant: str) -> tuple[Path, Path]:
         stem = f"{effect}-{variant}"

@@ -117,6 +117,15 @@ class Index:
         effect = version.content.effect_digest
         return blobs, effect if self._effect_uses[effect] == 1 else None
 
+    def unsettled_names(self) -> list[str]:
+        """Names of which some file says something else than is meant."""
+        plain = Attributes()
+        return [
+            name
+            for name, entry in self._entries.items()
+            if entry.disk.unsettled() or (not entry.versions and entry.disk.attributes != plain)
+        ]
+
     def attributes(self) -> dict[str, Attributes]:
         """Of adapters of which anything is said."""
         plain = Attributes()
