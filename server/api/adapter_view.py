@@ -27,7 +27,7 @@ def front_of(request: Request) -> Front:
 async def residents_of(front: Front) -> Residents:
     """Who is on the device; nobody while the engine restarts, which is no reason to hide what is registered."""
     try:
-        return Residents(await front.engine.residency())
+        return Residents(await front.engine.residency(with_past=True))
     except EngineUnavailable:
         return Residents(())
 

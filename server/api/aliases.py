@@ -99,8 +99,7 @@ async def set_alias(
     """Where several share it, requests with the same `sticky_key` get the same version, the others by chance."""
     front, precondition = front_of(request), Precondition.of(request.headers)
     weights, before = order.to_weights(), _meaning(front, check_name(name), alias)
-    expect = None if precondition == Precondition() else precondition.check
-    await front.library.releases.move(name, alias, weights, expect=expect, skip_gate=skip_gate)
+    await front.library.releases.move(name, alias, weights, expect=precondition.check, skip_gate=skip_gate)
     detail = {"skip_gate": True} if skip_gate else {}
     changed(request, "alias.set", f"{name}@{alias}", before=before, after=weights_to_json(weights), **detail)
     return await tagged_adapter(front, name)

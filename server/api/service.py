@@ -86,6 +86,8 @@ class Service:
         releases = front.library.releases
         releases.answer = releases.answer or golden_answers(front)
         releases.on_rolled_back = self.audit.note_canary
+        front.library.pins.keep = front.engine.keep
+        self.keep(front.library.pins.sync())
 
     def fail(self, reason: str) -> None:
         self._state, self._reason = "failed", reason

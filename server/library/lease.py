@@ -18,13 +18,7 @@ class AdapterLease:
 
     def __init__(self, lease: Lease, image: StoredImage) -> None:
         self._lease = lease
-        self.ticket = AdapterTicket(
-            key=lease.version.content.effect_digest,
-            name=str(lease.version),
-            image_path=str(image.path),
-            num_bytes=image.num_bytes,
-            traits=AdapterTraits.from_json(lease.version.content.report.get("traits", {})),
-        )
+        self.ticket = ticket_of(lease.version, image)
 
     @property
     def version(self) -> AdapterVersion:
@@ -45,3 +39,14 @@ class AdapterLease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def ticket_of(version: AdapterVersion, image: StoredImage) -> AdapterTicket:
+    """What the engine is told of a version whose image is in place."""
+    return AdapterTicket(
+        key=version.content.effect_digest,
+        name=str(version),
+        image_path=str(image.path),
+        num_bytes=image.num_bytes,
+        traits=AdapterTraits.from_json(version.content.report.get("traits", {})),
+    )

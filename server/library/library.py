@@ -30,7 +30,8 @@ from server.engine.request import AdapterTicket
 from server.library.check import are_intact, check_files, check_rank
 from server.library.directory import AdapterDirectory
 from server.library.errors import AdapterUnusable
-from server.library.lease import AdapterLease
+from server.library.lease import AdapterLease, ticket_of
+from server.library.pins import Pins
 from server.library.probe import Probe
 from server.library.registrar import Discovered, OnEach, Registrar
 from server.library.releases import Releases
@@ -59,6 +60,8 @@ class Library:
         self._max_rank = max_rank
         self._work = SharedWork()
         self.releases = Releases(catalog)
+        self.pins = Pins(catalog, self.ticket)
+        self.releases.on_moved = self.pins.sync
         self._registrar = Registrar(catalog, self.add)
 
     @classmethod
@@ -162,6 +165,7 @@ class Library:
                 )
             for alias in gated:
                 await self.releases.move(name, alias, {committed.version.version: 1})
+            await self.pins.sync()
             self._registrar.failures.pop(name, None)
             return committed
         finally:
@@ -231,6 +235,10 @@ class Library:
         if image is not None:
             return image
         return await self._work.share(version.content.effect_digest, functools.partial(self._rebuild, version))
+
+    async def ticket(self, version: AdapterVersion) -> AdapterTicket:
+        """What the engine needs to load a version. Raises as `ensure_image`."""
+        return ticket_of(version, await self.ensure_image(version))
 
     async def _rebuild(self, version: AdapterVersion) -> StoredImage:
         stage = await asyncio.to_thread(self.stage)

@@ -51,6 +51,7 @@ class Releases:
 
     def __init__(self, catalog: Catalog) -> None:
         self.answer: Answer | None = None  # set by whoever can generate
+        self.on_moved: Callable[[], Awaitable[None]] = _nothing
         self.on_rolled_back: OnEnded | None = None
         self._catalog = catalog
         self._rules = AliasRules(catalog.root)
@@ -76,8 +77,9 @@ class Releases:
         async with self._turn(name):
             if not skip_gate:
                 await self._pass_gate(key, weights)
-            moved = await asyncio.to_thread(self._weigh, name, alias, weights, expect)
+            moved = await asyncio.to_thread(self._catalog.aliases.weigh, name, alias, weights, expect=expect)
             await self._end(key, CanaryState.MOVED, f"{key} was moved")
+        await self.on_moved()
         return moved
 
     async def roll_back(self, name: str, alias: str = DEFAULT_ALIAS, *, expect: Expectation | None = None) -> Alias:
@@ -86,6 +88,7 @@ class Releases:
         async with self._turn(name):
             restored = await asyncio.to_thread(self._catalog.aliases.roll_back, name, alias, expect=expect)
             await self._end(key, CanaryState.STOPPED, f"{key} was rolled back")
+        await self.on_moved()
         return restored
 
     async def remove(self, name: str, alias: str, *, expect: Expectation | None = None) -> None:
@@ -180,6 +183,7 @@ class Releases:
                 await asyncio.to_thread(self._rules.write, key, _CANARY, None)
                 raise
             self._watches[key] = CanaryWatch(canary)
+        await self.on_moved()
         return canary
 
     async def stop_canary(self, name: str, alias: str) -> Canary:
@@ -192,6 +196,7 @@ class Releases:
             await self._restore(key, found)
             ended = await self._end(key, CanaryState.STOPPED, "it was stopped")
             assert ended is not None
+        await self.on_moved()
         return ended
 
     async def canary(self, name: str, alias: str) -> tuple[Canary, CanaryWatch | None]:
@@ -244,6 +249,7 @@ class Releases:
             except (StoreError, OSError) as error:
                 state, reason = CanaryState.MOVED, f"{reason}; it was not rolled back, because {error}"
             ended = await self._end(key, state, reason)
+        await self.on_moved()
         logger.warning("the canary %s@%d of %s ended (%s): %s", key.name, canary.version, key, state, reason)
         if self.on_rolled_back is not None and ended is not None:
             await self.on_rolled_back(key, ended)
@@ -268,12 +274,6 @@ class Releases:
         await asyncio.to_thread(self._rules.write, key, _CANARY, ended.to_json())
         return ended
 
-    def _weigh(self, name: str, alias: str, weights: Weights, expect: Expectation | None) -> Alias:
-        if len(weights) > 1 or expect is not None:
-            return self._catalog.aliases.weigh(name, alias, weights, expect=expect)
-        self._catalog.set_alias(name, alias, next(iter(weights)))
-        return Alias(weights)
-
     async def _find_canary(self, key: AliasKey) -> Canary | None:
         rule = (await asyncio.to_thread(self._rules.read, key)).get(_CANARY)
         return None if rule is None else Canary.from_json(rule)
@@ -286,6 +286,10 @@ class Releases:
 
     def _turn(self, name: str) -> AbstractAsyncContextManager[None]:
         return self._work.turn(name)
+
+
+async def _nothing() -> None:
+    """Nobody follows what aliases mean."""
 
 
 def _now() -> str:

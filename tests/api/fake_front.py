@@ -14,12 +14,12 @@ import asyncio
 import hashlib
 import json
 import random
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
 from adapters_store.staging import StageLimits
 from server.engine.description import EngineDescription
-from server.engine.errors import AdapterBusy, AdapterLoadFailed, EngineUnavailable
+from server.engine.errors import AdapterBusy, AdapterLoadFailed, EngineUnavailable, NoRoomForAdapter
 from server.engine.metrics import EngineMetrics, RequestMetrics
 from server.engine.request import AdapterState, AdapterTicket, ResidentAdapter, Tier
 from server.engine.stats import EngineStats
@@ -85,9 +85,16 @@ class FakeEngine:
         self.loaded: dict[str, ResidentAdapter] = {}
         self.busy: set[str] = set()
         self.is_gone = False
+        self.kept: list[str] = []
 
     def stats(self) -> EngineStats:
         return EngineStats(num_units=64, units_free=64, total_adapter_evictions={"lru": 1})
+
+    async def keep(self, tickets: Sequence[AdapterTicket]) -> None:
+        self._require()
+        if any(ticket.name.startswith("huge") for ticket in tickets):
+            raise NoRoomForAdapter("the adapters to keep are too large together")
+        self.kept = [ticket.name for ticket in tickets]
 
     async def residency(self, *, with_past: bool = False) -> list[ResidentAdapter]:
         self._require()
