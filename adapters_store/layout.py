@@ -10,6 +10,7 @@
     blobs/sha256/<hex>              the bytes of files, each content once
     images/<effect>-<variant>.img   packed images, and beside each a small .json; all may be lost
     staging/<process>-<upload>/     uploads in progress
+    warm/<host>-<base>.json         what was on the device of a host, for its next start; may be lost
 
 A name's slash is written `%2F`, so adapter "a" and adapter "a/1.json" never meet in one directory.
 """

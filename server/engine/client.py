@@ -114,6 +114,11 @@ class EngineClient:
     def num_in_flight(self) -> int:
         return len(self._streams)
 
+    @property
+    def on_device(self) -> frozenset[str]:
+        """Keys of the adapters on the device, as far as its events have told."""
+        return frozenset(self._on_device)
+
     def stats(self) -> EngineStats:
         """What the engine last told; at most 0.1 s old while it works."""
         return self._stats

@@ -33,6 +33,7 @@ from server.front.sequence_text import SequenceText
 from server.front.text import TextDelta, TextRequest
 from server.front.tokenizer import TextTokenizer
 from server.front.vocabularies import Vocabularies
+from server.front.warm_start import WarmStart
 from server.library.errors import LibraryError
 from server.library.library import Library
 from server.library.sources.auto_load import AutoLoader
@@ -71,6 +72,7 @@ class Front:
         self._vocabularies = Vocabularies(tokenizer)
         self._max_queued_requests = max_queued_requests
         self._numbers = itertools.count()
+        self._warm: WarmStart | None = None
         self._closing = AsyncExitStack()
 
     @classmethod
@@ -98,6 +100,7 @@ class Front:
                 library = await opening.open_library(settings, engine, loader)
                 started.push_async_callback(library.close)
                 await opening.register_adapters(library, settings, on_event)
+                warm = await opening.warm_up(engine, library, on_event)
                 puller = Puller(library, opening.source_policy(settings))
                 resolver = AutoLoader(library, puller)
                 started.push_async_callback(resolver.close)
@@ -106,6 +109,7 @@ class Front:
                 tokenizer.cancel()
                 await asyncio.gather(tokenizer, return_exceptions=True)
             front.library, front.puller = library, puller
+            front._warm = warm
             front._closing = started.pop_all()
             return front
 
@@ -150,6 +154,8 @@ class Front:
 
     async def close(self) -> None:
         """End engine, loader and store; what still runs fails. Again is harmless."""
+        if self._warm is not None:
+            await self._warm.close()
         await self.engine.close()
         await self._closing.aclose()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import socket
 from pathlib import Path
 
 from adapters_store.errors import StoreError
@@ -16,6 +17,7 @@ from server.engine.client import EngineClient, LoadProgress, OnEvent
 from server.engine.config import EngineConfig
 from server.front.errors import CannotStart
 from server.front.tokenizer import require_tokenizer
+from server.front.warm_start import WarmStart
 from server.library.directory import AdapterDirectory, find_directories
 from server.library.library import Library
 from server.library.probe import Probe
@@ -107,6 +109,15 @@ async def open_library(settings: Settings, engine: EngineClient, loader: LoaderC
     await loader.aim(target)
     probe = Probe(engine) if settings.probe_adapters else None
     return await Library.open(settings.store_path, loader, limits=limits, max_rank=settings.max_lora_rank, probe=probe)
+
+
+async def warm_up(engine: EngineClient, library: Library, on_event: OnEvent) -> WarmStart:
+    """Bring what was on the device of this host in the last run back to it, and keep the list of it from now on."""
+    fingerprint = library.catalog.base_fingerprint.removeprefix("sha256:")[:16]
+    warm = WarmStart(engine, library, library.catalog.root / "warm" / f"{socket.gethostname()}-{fingerprint}.json")
+    await warm.load(on_event)
+    warm.watch()
+    return warm
 
 
 async def register_adapters(library: Library, settings: Settings, on_event: OnEvent) -> None:
