@@ -15,7 +15,8 @@ from fastapi import Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from server.api.auth import admin, guarded_router
+from server.api.auth import admin, guarded_router, scoped
+from server.api.caller import caller_of
 from server.api.documented import ADMIN, ADMIN_CHANGE, ADMIN_ONE, Responses
 from server.api.operation import Operation, OperationBook
 from server.api.schemas import ErrorBody
@@ -63,18 +64,22 @@ _EVENTS: Responses = {
 
 @router.get("/operations", summary="List operations", responses=ADMIN)
 @admin
+@scoped
 async def list_operations(request: Request) -> OperationList:
-    return OperationList(data=[operation_resource(operation) for operation in _book(request).all()])
+    """Those on adapters that the caller sees."""
+    found = [operation for operation in _book(request).all() if _sees(request, operation)]
+    return OperationList(data=[operation_resource(operation) for operation in found])
 
 
 @router.get("/operations/{operation_id}", summary="Show an operation", responses=ADMIN_ONE)
 @admin
+@scoped
 async def show_operation(
     request: Request,
     operation_id: OperationId,
     wait: Annotated[float, Query(ge=0, le=600, description="Seconds to wait for its end.")] = 0.0,
 ) -> OperationResource:
-    operation = _book(request).find(operation_id)
+    operation = _find(request, operation_id)
     if wait > 0:
         await operation.wait(wait)
     return operation_resource(operation)
@@ -87,10 +92,11 @@ async def show_operation(
     response_class=Response,
 )
 @admin
+@scoped
 async def follow_operation(request: Request, operation_id: OperationId) -> Response:
     """Server-sent events, one a change; the stream ends with the operation."""
     service: Service = request.app.state.service
-    changes = service.operations.find(operation_id).changes()
+    changes = _find(request, operation_id).changes()
     settings = service.settings
     return EventStream(
         _events(changes), changes, headers={}, keep_alive_s=settings.keep_alive_s, stall_s=settings.stalled_client_s
@@ -99,9 +105,10 @@ async def follow_operation(request: Request, operation_id: OperationId) -> Respo
 
 @router.delete("/operations/{operation_id}", summary="Cancel an operation", responses=ADMIN_CHANGE)
 @admin
+@scoped
 async def cancel_operation(request: Request, operation_id: OperationId) -> OperationResource:
     """What it had staged is gone when this answers."""
-    operation = _book(request).find(operation_id)
+    operation = _find(request, operation_id)
     await operation.cancel()
     return operation_resource(operation)
 
@@ -132,6 +139,15 @@ def accepted(operation: Operation) -> Response:
 async def _events(changes: AsyncGenerator[Operation, None]) -> AsyncGenerator[bytes, None]:
     async for operation in changes:
         yield event(operation_resource(operation).model_dump(mode="json"))
+
+
+def _find(request: Request, operation_id: str) -> Operation:
+    """Raises AdminRefusal, in the same words for what is not there and for what the caller does not see."""
+    return _book(request).find(operation_id, lambda operation: _sees(request, operation))
+
+
+def _sees(request: Request, operation: Operation) -> bool:
+    return caller_of(request).sees(operation.target.partition("@")[0])
 
 
 def _book(request: Request) -> OperationBook:

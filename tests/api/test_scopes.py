@@ -12,6 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from server.api.caller import Caller
+from server.api.operation import Operation
 from server.keys import KeyRecord, add_key, digest_of, revoke_key
 from server.settings import Settings
 from tests.api.conftest import Door, Visit
@@ -225,7 +226,33 @@ KNOWN_TO_KEEP_TO_SCOPE = {
     ("post", "/admin/v1/adapters"),
     ("get", "/admin/v1/cache"),
     ("get", "/admin/v1/usage"),
+    ("get", "/admin/v1/operations"),
+    ("get", "/admin/v1/operations/{operation_id}"),
+    ("get", "/admin/v1/operations/{operation_id}/events"),
+    ("delete", "/admin/v1/operations/{operation_id}"),
 }
+
+
+def test_operations_on_what_is_out_of_scope_do_not_exist(visit: Visit, keys: Path) -> None:
+    async def work(operation: Operation) -> dict[str, Any]:
+        return {}
+
+    async def test(door: Door) -> None:
+        book = door.service.operations
+        started = {name: book.start("adapter.register", name, work, actor="root") for name in (SEEN, HIDDEN)}
+
+        async def told(operation_id: str, key: str) -> list[tuple[int, str]]:
+            address = "/admin/v1/operations/{name}"
+            asked = [("GET", address), ("GET", address + "/events"), ("DELETE", address)]
+            return [await answer_about(door, operation_id, method, path, key) for method, path in asked]
+
+        assert await told(started[HIDDEN].id, "owner") == await told("op_never", "owner")
+        assert {status for status, _ in await told(started[SEEN].id, "owner")} == {200, 409}, "what has ended"
+        assert {status for status, _ in await told(started[HIDDEN].id, "root")} == {200, 409}
+        listed = (await door.client.get("/admin/v1/operations", headers=of("owner"))).json()["data"]
+        assert [operation["target"] for operation in listed] == [SEEN]
+
+    visit(test, keys_file=keys)
 
 
 def test_a_key_stops_and_starts_without_a_restart(visit: Visit, keys: Path, caplog: pytest.LogCaptureFixture) -> None:
