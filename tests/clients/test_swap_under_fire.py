@@ -117,7 +117,7 @@ def test_every_answer_is_one_versions_while_everything_is_swapped(stage: Stage, 
 def test_every_answer_is_one_versions_for_two_minutes_of_32_streams(stage: Stage, tmp_path: Path) -> None:
     operator, answers = swap(stage, tmp_path, num_streams=32, seconds=120.0)
     assert len(answers) > 500
-    assert min(operator.done[act] for act in ("upload", "move", "share", "rollback", "delete", "delete version")) > 20
+    assert min(operator.done[act] for act in ("upload", "move", "share", "rollback", "delete", "delete version")) > 8
 
 
 def test_the_judge_sees_each_kind_of_wrong_answer() -> None:
