@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter, shown
-from peft_core.methods.site_tensors import Side
 from peft_core.methods.tensors import Header
+from peft_core.methods.tuner.site_tensors import Side
 from peft_core.spec import Site
 
 

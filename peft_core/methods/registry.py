@@ -13,49 +13,33 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from peft_core.forms import AdapterForms
-from peft_core.methods import (
+from peft_core.methods.adapterhub import adapter as adapterhub
+from peft_core.methods.base_weights import BaseWeights
+from peft_core.methods.in_place import beft, boft, ia3, ln_tuning, lokr, oft, road
+from peft_core.methods.kinds import kind_of, refuse_kind
+from peft_core.methods.lora import lora, trainable_tokens
+from peft_core.methods.low_rank import (
     adalora,
-    adapterhub,
-    beft,
-    boft,
-    c3a,
     deft,
     delora,
-    fourierft,
-    frod,
-    glora,
     gralora,
-    hira,
     hra,
-    ia3,
-    ln_tuning,
     loha,
-    lokr,
-    lora,
     miss,
-    oft,
     osf,
     peanut,
     poly,
-    prefix_tuning,
-    prompt_tuning,
     psoft,
-    randlora,
-    road,
-    shira,
-    supertuning,
     tinylora,
-    trainable_tokens,
     unilora,
     vblora,
     vera,
-    waveft,
 )
-from peft_core.methods.base_weights import BaseWeights
-from peft_core.methods.dense import MAX_DENSE_BYTES, require_dense_fits
-from peft_core.methods.kinds import kind_of, refuse_kind
+from peft_core.methods.prompt import prefix_tuning, prompt_tuning
 from peft_core.methods.report import Decoded, DecodeReport
 from peft_core.methods.tensors import Header, TensorSource
+from peft_core.methods.whole_matrix import c3a, fourierft, frod, glora, hira, randlora, shira, supertuning, waveft
+from peft_core.methods.whole_matrix.dense import MAX_DENSE_BYTES, require_dense_fits
 from peft_core.spec import BaseModelSpec
 
 
@@ -125,7 +109,7 @@ def check(
     Args:
         config: adapter_config.json, its objects in the order of the file (patterns depend on it).
         header: name -> dtype and shape of every tensor in the file.
-        max_dense_bytes: what one adapter's whole matrices may take, see `peft_core.methods.dense`.
+        max_dense_bytes: what one adapter's whole matrices may take, see `peft_core.methods.whole_matrix.dense`.
 
     Raises:
         UnsupportedAdapter, MalformedAdapter, BaseMismatch: naming the field or the tensor that is to blame.

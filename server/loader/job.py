@@ -22,7 +22,7 @@ class PackingTarget:
     adapter_dtype: str  # float32 | bfloat16 | float16
     base_directory: str = ""  # the base's files, for kinds that need its weights; "" where there are none
     base_dtype: str = "float32"  # that the base is served in
-    max_dense_bytes: int = 256 << 20  # whole matrices of one adapter, see `peft_core.methods.dense`
+    max_dense_bytes: int = 256 << 20  # whole matrices of one adapter, see `peft_core.methods.whole_matrix.dense`
 
     @property
     def fingerprint(self) -> str:

@@ -46,5 +46,5 @@ def test_names_that_break_the_vocabulary_are_found() -> None:
     assert len(misnamed("server/api/x.py", "class RequestHelper: pass\n")) == 1
     assert len(misnamed("server/engine/x.py", "def load_lora(): pass\n")) == 1
     assert len(misnamed("peft_core/x.py", "class PageTable: pass\n")) == 1
-    assert misnamed("peft_core/methods/lora.py", "class LoraDecoder: pass\n") == []
+    assert misnamed("peft_core/methods/lora/lora.py", "class LoraDecoder: pass\n") == []
     assert misnamed("server/engine/paged_attention.py", "def paged_attention(): pass\nclass PagedKeys: pass\n") == []

@@ -9,7 +9,7 @@ import torch
 
 from peft_core.errors import MalformedAdapter, UnsupportedAdapter
 from peft_core.methods import decode
-from peft_core.methods.dense import FLAG, MAX_DENSE_BYTES
+from peft_core.methods.whole_matrix.dense import FLAG, MAX_DENSE_BYTES
 from tests.peft_core.adapter_files import LoadedTensors, shared_model, shared_spec
 from tests.peft_core.spoilt import module_of, spoilt
 from tests.peft_core.tuner_samples import ModelWeights

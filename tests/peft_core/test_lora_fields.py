@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from peft_core.errors import UnsupportedAdapter
 from peft_core.methods import check
-from peft_core.methods.lora_config import IRRELEVANT_FIELDS, REFUSED_FIELDS, REFUSED_PARTS, USED_FIELDS
+from peft_core.methods.lora.config import IRRELEVANT_FIELDS, REFUSED_FIELDS, REFUSED_PARTS, USED_FIELDS
 from tests.peft_core.adapter_files import LoadedTensors, SavedAdapter, shared_spec
 
 PREFIX = "base_model.model."

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_core.methods import lora_starts
-from peft_core.methods.lora_starts import largest_components, orthogonal_part, smallest_components
+from peft_core.methods.lora import starts as lora_starts
+from peft_core.methods.lora.starts import largest_components, orthogonal_part, smallest_components
 
 
 def weight(rows: int, columns: int, *, decay: float) -> torch.Tensor:

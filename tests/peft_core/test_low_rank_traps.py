@@ -15,7 +15,7 @@ import torch
 
 from peft_core.errors import AdapterError, MalformedAdapter, UnsupportedAdapter
 from peft_core.methods import check, decode
-from peft_core.methods.decompositions import decomposition_warnings
+from peft_core.methods.low_rank.decompositions import decomposition_warnings
 from peft_core.methods.report import Decoded
 from tests.peft_core.adapter_files import (
     Entry,

@@ -12,7 +12,7 @@ from peft.tuners.boft import layer as boft_layer
 from peft.tuners.waveft.waverec2d import waverec2d
 
 from peft_core.forms import AdapterForms
-from peft_core.methods.wavelets import FILTERS, reconstructed
+from peft_core.methods.whole_matrix.wavelets import FILTERS, reconstructed
 from tests.peft_core.adapter_files import logits_of, shared_model, shared_spec
 from tests.peft_core.site_samples import FORMS, MORE, NEEDS_BASE, SAMPLES, norms_of
 from tests.peft_core.tuner_samples import Sample, decoded, make_sample

@@ -1,0 +1,75 @@
+"""A few trained coefficients at random places of a matrix: what FourierFT and WaveFT store for a module.
+
+    places = the first n of a random permutation of all out * in places, drawn anew from one seed for every module
+
+The places are not in the file: PyTorch's generator gives the same ones from the seed.
+
+Running example: seed 777, n = 1000 at a module of 64 x 64
+    scattered(values [1000], site, 777)     -> [64, 64], 1000 of them not zero
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peft_core.errors import MalformedAdapter
+from peft_core.methods.ledger import ConfigLedger, refuse
+from peft_core.methods.refusals import contradiction
+from peft_core.methods.tensors import Header
+from peft_core.methods.tuner.site_tensors import shape_of
+from peft_core.spec import Site
+
+SEED_FIELD = "random_loc_seed"
+_DEFAULT_SEED = 777
+MAX_SEED = 2**63
+
+
+def read_seed(ledger: ConfigLedger, *, is_null: bool) -> int:
+    """The seed of the places, from the field "random_loc_seed".
+
+    Args:
+        is_null: the config says null, which is not the default here.
+
+    Raises:
+        UnsupportedAdapter: it is null, so that nobody knows the places.
+        MalformedAdapter: it is no integer of 64 bits.
+    """
+    seed = ledger.use_size(SEED_FIELD)
+    if is_null:
+        refuse(
+            SEED_FIELD, None, "the places of the coefficients were drawn from it and are not stored. Train with a seed."
+        )
+    if seed is not None and seed >= MAX_SEED:
+        raise MalformedAdapter(
+            f'field "{SEED_FIELD}" = {seed}; expected an integer of 64 bits. Correct adapter_config.json.',
+            field=SEED_FIELD,
+            value=seed,
+        )
+    return _DEFAULT_SEED if seed is None else seed
+
+
+def require_coefficients(header: Header, name: str, site: Site, stated: float | None, field: str) -> int:
+    """The number of coefficients; None: the config does not say it.
+
+    Raises:
+        MalformedAdapter: the config says another, or there are more than places.
+    """
+    (number,) = shape_of(header, name, site, (None,))
+    if stated is not None and number != stated:
+        raise contradiction(name, f"has {number} coefficients", field, stated)
+    if number > site.out_features * site.in_features:
+        raise MalformedAdapter(
+            f'tensor "{name}" has {number} coefficients, more than the weight of "{site.path}" has places. '
+            "Use the base that the adapter was trained on.",
+            tensor=name,
+        )
+    return number
+
+
+def scattered(values: torch.Tensor, site: Site, seed: int) -> torch.Tensor:
+    """The coefficients at their places.  # [out_features, in_features] float32"""
+    total = site.out_features * site.in_features
+    places = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: len(values)]
+    spectrum = torch.zeros(total)
+    spectrum[places] = values
+    return spectrum.reshape(site.out_features, site.in_features)
