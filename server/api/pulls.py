@@ -120,6 +120,7 @@ class Pull:
         order = self.order
         if order.labels is not None or order.pinned is not None:
             await asyncio.to_thread(self._front.library.catalog.amend, order.name, self._amended)
+            await self._front.library.pins.apply(order.name)
         if order.preload != "none":
             operation.enter("loading")
             with await self._front.library.resolve(str(version)) as lease:
