@@ -137,7 +137,7 @@ class _Examination:
         visible = [version for number, version in disk.versions.items() if number not in disk.gone]
         self._num_adapters += bool(visible)
         self._num_versions += len(visible)
-        if not visible and not disk.damaged and layout.attributes_path(name).exists():
+        if not visible and not disk.damaged and disk.attributes != Attributes():
             yield Finding("leftover", self._relative(layout.attributes_path(name)), "its adapter is deleted.")
         for number in sorted(disk.versions.keys() & disk.gone):
             with locks.tried(f"{name}@{number}") as is_free:
