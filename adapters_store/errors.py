@@ -15,6 +15,7 @@
     ├── NotFound
     │   ├── AdapterNotFound
     │   ├── VersionNotFound
+    │   ├── BlobNotFound      no file of that digest was sent
     │   └── AliasNotFound
     ├── AdapterExists         the caller wanted to create, and it is there
     ├── AliasInUse            a version cannot be deleted while an alias points to it
@@ -101,6 +102,10 @@ class AdapterNotFound(NotFound):
 
 class VersionNotFound(NotFound):
     code = "version_not_found"
+
+
+class BlobNotFound(NotFound):
+    code = "blob_not_found"
 
 
 class AliasNotFound(NotFound):

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import ClassVar
 
 from adapters_store.durable import raise_if_full, remove_tree, sync_directory
-from adapters_store.errors import DigestMismatch, DiskFull, FileRefused, TooLarge
+from adapters_store.errors import BlobNotFound, DigestMismatch, DiskFull, FileRefused, TooLarge
 from adapters_store.record import StoredFile, manifest_digest
 
 CONFIG_FILE = "adapter_config.json"
@@ -152,17 +152,29 @@ class Stage:
 
         `num_bytes`, where known, is checked against caps and disk before the first byte. Raises as `add_file`.
         """
-        check_path(path)
-        if path in self._files or (self.directory / path).exists():
-            raise FileRefused(f"{path!r} was sent twice; which one is meant cannot be known.")
-        if len(self._files) >= self.limits.max_files:
-            raise TooLarge(f"more than {self.limits.max_files} files; an adapter needs fewer.")
+        self._require_new(path)
         if num_bytes is not None:
             self._check_caps(path, num_bytes, num_bytes)
             self.require_space(num_bytes)
         sink = FileSink(self, path, sha256)
         self._sinks.append(sink)
         return sink
+
+    def adopt(self, path: str, place: Path, num_bytes: int, sha256: str) -> None:
+        """Adds a file that lies in the same store, by a hard link; its digest has been verified.
+
+        Raises BlobNotFound where it is gone, and as `add_file`.
+        """
+        self._require_new(path)
+        self._account(path, num_bytes, num_bytes)
+        try:
+            os.link(place, self.directory / path)
+        except FileNotFoundError:
+            raise BlobNotFound(f"there is no blob sha256:{sha256} any more. Send it again.") from None
+        except OSError as error:
+            raise_if_full(error)
+            raise
+        self._complete(StoredFile(path, num_bytes, sha256))
 
     def take_over(self) -> Stage:
         """The same stage under a new owner, who closes it: closing this one does nothing any more."""
@@ -177,6 +189,13 @@ class Stage:
         for sink in self._sinks:
             sink.abandon()
         remove_tree(self.directory)
+
+    def _require_new(self, path: str) -> None:
+        check_path(path)
+        if path in self._files or (self.directory / path).exists():
+            raise FileRefused(f"{path!r} was sent twice; which one is meant cannot be known.")
+        if len(self._files) >= self.limits.max_files:
+            raise TooLarge(f"more than {self.limits.max_files} files; an adapter needs fewer.")
 
     def _check_caps(self, path: str, file_bytes: int, added_bytes: int) -> None:
         limit = self.limits.of_file(path)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from adapters_store.pending import PendingFiles, parse_digest
 from adapters_store.staging import FileSink, Stage
 from server.api.errors import AdminRefusal
 from server.api.upload_body import take_body
@@ -51,7 +52,9 @@ class UploadMetadata(BaseModel):
     alias: str | None = Field(None, description="An alias to point to the new version, besides `default`.")
     promote: bool = Field(True, description="Whether the bare name means the new version from now on.")
     if_exists: Literal["new_version", "error"] = "new_version"
-    files: list[AnnouncedFile] = Field([], description="Digests to hold the received files against.")
+    files: list[AnnouncedFile] = Field(
+        [], description="Digests to hold the received files against; of a file that is not sent, its blob is taken."
+    )
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -72,10 +75,14 @@ class UploadForm(BaseModel):
 class Received:
     """A multipart body while it arrives. `feed` may be called from another thread, one call at a time."""
 
-    def __init__(self, stage: Stage, boundary: bytes, on_metadata: OnMetadata) -> None:
-        """`on_metadata` hears of the metadata before any file is taken, and raises to refuse it."""
+    def __init__(self, stage: Stage, boundary: bytes, on_metadata: OnMetadata, pending: PendingFiles | None) -> None:
+        """`on_metadata` hears of the metadata before any file is taken, and raises to refuse it.
+
+        Announced files that do not come are taken from `pending`, where the caller may.
+        """
         self.num_bytes = 0
         self._on_metadata = on_metadata
+        self._pending = pending
         self._stage = stage
         self._metadata_bytes = bytearray()
         self._metadata: UploadMetadata | None = None
@@ -170,6 +177,15 @@ class Received:
 
     def _end(self) -> None:
         self._is_complete = True
+        received = {file.path for file in self._stage.files}
+        for file in [] if self._metadata is None else self._metadata.files:
+            if file.path not in received:
+                self._take_pending(file.path, file.sha256.lower())
+
+    def _take_pending(self, path: str, digest: str) -> None:
+        if self._pending is None:
+            raise _invalid(f"{path[:200]!r} is announced and was not sent")
+        self._pending.name(self._stage, path, parse_digest(digest))
 
     def _announced(self, path: str) -> str | None:
         assert self._metadata is not None
@@ -177,7 +193,9 @@ class Received:
         return digests.get(path)
 
 
-async def receive(request: Request, stage: Stage, settings: Settings, on_metadata: OnMetadata) -> Received:
+async def receive(
+    request: Request, stage: Stage, settings: Settings, on_metadata: OnMetadata, pending: PendingFiles | None
+) -> Received:
     """Read the whole body into the stage.
 
     Raises:
@@ -193,7 +211,7 @@ async def receive(request: Request, stage: Stage, settings: Settings, on_metadat
             "unsupported_media_type",
             "send the adapter as multipart/form-data: a `metadata` part with JSON, then one `files` part per file",
         )
-    received = Received(stage, boundary, on_metadata)
+    received = Received(stage, boundary, on_metadata, pending)
     await take_body(request, stage, received.feed, settings)
     return received
 

@@ -13,6 +13,7 @@ from typing import Annotated
 from fastapi import Query, Request, Response
 
 from server.api.auth import admin, guarded_router, scoped, takes_upload
+from server.api.blobs import pending_files
 from server.api.caller import caller_of
 from server.api.documented import ADMIN_CHANGE, ADMIN_ONE, ADMIN_UPLOAD, Responses
 from server.api.operations import OperationResource
@@ -66,7 +67,8 @@ async def upload(
         precondition.check(known_record(library, metadata.name))
 
     with library.stage() as stage:
-        received = await receive(request, stage, service.settings, expect)
+        pending = pending_files(service) if caller_of(request).sees_all else None
+        received = await receive(request, stage, service.settings, expect, pending)
         service.metrics.upload_bytes.inc(received.num_bytes)
         wanted = received.metadata
         order = UploadOrder(wanted.name, received.aliases, wanted.if_exists == "error", dry_run, precondition)

@@ -80,7 +80,7 @@ def test_creating_what_exists_is_409_when_only_new_is_wanted(visit: Visit) -> No
 
 def test_other_content_types_are_told_what_to_send(visit: Visit) -> None:
     async def test(door: Door) -> None:
-        for kind in ("application/json", "multipart/form-data", "text/plain", ""):
+        for kind in ("multipart/form-data", "text/plain", ""):
             answer = await door.client.post("/admin/v1/adapters", content=b"{}", headers={"content-type": kind})
             assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
 
