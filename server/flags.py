@@ -29,6 +29,7 @@ from server.settings import GROUPS, Settings
 ENV_PREFIX = "VENEER_"
 # Read by other commands, never settings of the server.
 _OTHER_ENV = {"VENEER_CONFIG", "VENEER_URL"}
+_VLLM_ENV = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "allow_runtime_lora_updating"}
 # Kubernetes sets these in every pod when a Service is called "veneer"; VENEER_PORT is then "tcp://...".
 _SERVICE_LINK = re.compile(r"VENEER_(SERVICE_.*|PORT_\d+_.*)")
 
@@ -222,6 +223,10 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
             continue
         values[name] = text
         origins[name] = variable
+    for variable, name in _VLLM_ENV.items():
+        if name not in values and environ.get(variable):
+            values[name] = environ[variable]
+            origins[name] = variable
     return values, origins
 
 

@@ -194,6 +194,12 @@ class Settings(BaseModel):
         "Type adapters are kept in on the device: auto is the base's, float32 is exact at twice the bytes.",
         aliases=("--lora-dtype",),
     )
+    allow_runtime_lora_updating: bool = _setting(
+        False,
+        "Adapters",
+        "Open vLLM's routes /v1/load_lora_adapter and /v1/unload_lora_adapter, behind the admin key where there is "
+        "one. $VLLM_ALLOW_RUNTIME_LORA_UPDATING says the same.",
+    )
     max_upload_bytes: Size = _setting(
         2 * 2**30, "Adapters", "Largest upload of one adapter version, all files together.", gt=0, metavar="SIZE"
     )

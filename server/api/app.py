@@ -21,6 +21,7 @@ from server.api import (
     health,
     operations,
     residency,
+    runtime_updates,
     scrape,
     upload_archive,
     uploads,
@@ -50,6 +51,7 @@ ROUTERS = (
     canaries.router,
     aliases.router,
     residency.router,
+    runtime_updates.router,
     adapters.router,
     upload_archive.router,
 )

@@ -24,6 +24,7 @@ from server.api.metrics import DoorMetrics
 from server.api.operation import OperationBook
 from server.front.front import Front
 from server.front.golden import golden_answers
+from server.library.shared_work import SharedWork
 from server.settings import Settings
 from server.usage import UsageLedger
 
@@ -40,6 +41,7 @@ class Service:
         self.metrics = DoorMetrics()
         self.audit = Audit()
         self.operations = OperationBook(self.audit.note_operation)
+        self.joined = SharedWork()  # loads that several clients asked for at once
         self.in_house = 0
         self.started_at = time.time()
         self.ledger: UsageLedger | None = None
