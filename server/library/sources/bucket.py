@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from adapters_store.record import Source
 from server.library.errors import SourceDenied, SourceError, SourceForbidden, SourceNotFound, SourceUnavailable
