@@ -36,7 +36,11 @@ class BlobResource(BaseModel):
 
 
 _BODY = {"requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}}
-_RESPONSES: Responses = {**ADMIN_UPLOAD, 200: {"description": "It was there already.", "model": BlobResource}}
+_RESPONSES: Responses = {
+    **ADMIN_UPLOAD,
+    404: ADMIN_ONE[404],
+    200: {"description": "It was there already.", "model": BlobResource},
+}
 
 
 def pending_files(service: Service) -> PendingFiles:

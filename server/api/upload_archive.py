@@ -19,7 +19,7 @@ from adapters_store.archive import ArchiveSink, Format, format_of, unpack
 from adapters_store.names import check_name
 from adapters_store.staging import Stage
 from server.api.auth import admin, guarded_router, takes_upload
-from server.api.documented import ADMIN_UPLOAD, Responses
+from server.api.documented import ADMIN_ONE, ADMIN_UPLOAD, Responses
 from server.api.errors import AdminRefusal
 from server.api.preconditions import Precondition
 from server.api.resources import CheckResource, VersionResource
@@ -52,6 +52,7 @@ _BODY = {
 }
 _RESPONSES: Responses = {
     **ADMIN_UPLOAD,
+    404: ADMIN_ONE[404],
     200: {"description": "Known content, or a dry run.", "model": VersionResource | CheckResource},
     201: {"description": "A new version.", "model": VersionResource},
 }
