@@ -46,7 +46,7 @@ class AdapterManager:
         self.load_s: dict[str, float] = {}  # seconds of all loads by phase
         self._num_visited = 0
         self._blocks = blocks
-        self._reader = reader
+        self.reader = reader
         self._unit_bytes = unit_bytes
         self._clock = clock
         self._max_units = blocks.num_units if max_bytes is None else min(blocks.num_units, max_bytes // unit_bytes)
@@ -170,7 +170,7 @@ class AdapterManager:
             return
         if may_take_room and self.units_of(ticket) <= self._max_units:
             self._start(ticket)
-        if ticket.key not in self._device.records and not self._reader.is_in_host(ticket.key):
+        if ticket.key not in self._device.records and not self.reader.is_in_host(ticket.key):
             self._warm(ticket)
 
     def keep(self, tickets: Sequence[AdapterTicket]) -> None:
@@ -231,7 +231,7 @@ class AdapterManager:
             AdapterBusy: running sequences use it, it is being loaded, or it is kept.
         """
         if tier is Tier.HOST:
-            return self._reader.drop(key)
+            return self.reader.drop(key)
         record = self._device.records.get(key)
         if record is None:
             return False
@@ -250,7 +250,7 @@ class AdapterManager:
             self._load_kept()
         if not self.num_flights:
             return
-        for read in self._reader.poll():
+        for read in self.reader.poll():
             self._num_visited += 1
             if read.is_for_host:
                 self._end_warming(read)
@@ -269,9 +269,9 @@ class AdapterManager:
         now_s, tick = self._clock(), self._blocks.tick
         found: dict[str, ResidentAdapter] = {}
         for key, record in self._device.records.items():
-            is_kept, in_host = key in self._kept.tickets, self._reader.is_in_host(key)
+            is_kept, in_host = key in self._kept.tickets, self.reader.is_in_host(key)
             found[key] = describe(record, now_s, self._device.uses.at(key, tick), is_kept=is_kept, in_host=in_host)
-        for image in self._reader.host_images():
+        for image in self.reader.host_images():
             found.setdefault(image.key, describe_host(image, now_s, is_kept=image.key in self._kept.tickets))
         for failure in self._failures.all():
             found.setdefault(failure.ticket.key, describe_failure(failure, now_s))
@@ -290,7 +290,7 @@ class AdapterManager:
             return
         self._failures.forget(ticket.key)
         self.num_loads += 1
-        self._reader.start(ticket, record.first_unit, record.num_units)
+        self.reader.start(ticket, record.first_unit, record.num_units)
 
     def _end_load(self, read: ImageRead) -> None:
         record = self._device.records[read.key]
@@ -309,18 +309,18 @@ class AdapterManager:
             self.load_s[phase] = self.load_s.get(phase, 0.0) + seconds
 
     def _load_to_host(self, ticket: AdapterTicket) -> AdapterState:
-        if not self._reader.has_host_room(ticket.num_bytes):
+        if not self.reader.has_host_room(ticket.num_bytes):
             raise NoRoomForAdapter(
                 f'adapter "{ticket.name}" takes {ticket.num_bytes} bytes, more than the host tier of this server may '
                 "hold. Load it to the device, or start with a larger --host-adapter-memory."
             )
-        if self._reader.is_in_host(ticket.key):
+        if self.reader.is_in_host(ticket.key):
             return AdapterState.HOST
         self._warm(ticket)
         return AdapterState.LOADING
 
     def _warm(self, ticket: AdapterTicket) -> None:
-        if ticket.key not in self._warming and self._reader.warm(ticket):
+        if ticket.key not in self._warming and self.reader.warm(ticket):
             self._warming[ticket.key] = ticket
 
     def _end_warming(self, read: ImageRead) -> None:

@@ -202,6 +202,8 @@ class Engine:
             total_adapter_evictions=dict(adapters.evictions),
             total_kv_evictions=blocks.num_kv_evictions,
             total_adapter_load_s=dict(adapters.load_s),
+            total_host_hits=adapters.reader.num_host_hits,
+            host_bytes=adapters.reader.host_bytes,
         )
 
     def _end_aborted(self, output: StepOutput) -> None:

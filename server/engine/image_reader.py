@@ -55,6 +55,14 @@ class PoolReader:
         self._done: deque[ImageRead] = deque()
         threading.Thread(target=self._run, name="image-reader", daemon=True).start()
 
+    @property
+    def num_host_hits(self) -> int:
+        return self.host.num_hits
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host.num_bytes
+
     def start(self, ticket: AdapterTicket, first_unit: int, num_units: int) -> None:
         self._put(_TO_DEVICE, ticket, first_unit * self._unit_bytes, num_units * self._unit_bytes)
 

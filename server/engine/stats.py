@@ -40,6 +40,8 @@ class EngineStats:
     total_adapter_load_failures: int = 0
     total_adapter_evictions: dict[str, int] = field(default_factory=dict)  # by reason
     total_kv_evictions: int = 0
+    total_host_hits: int = 0  # loads that found the image in the host tier
+    host_bytes: int = 0  # held by the host tier now
     total_adapter_load_s: dict[str, float] = field(default_factory=dict)  # by phase: queue, read, check, copy, bind
     total_steps_shed: int = 0  # steps that ran out of memory and were retried smaller
     total_steps_failed: int = 0

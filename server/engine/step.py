@@ -91,6 +91,14 @@ class HostImage(NamedTuple):
 class ImageReader(Protocol):
     """Brings images from disk into units of the pool, off the step's thread, and keeps copies in host memory."""
 
+    @property
+    def num_host_hits(self) -> int:
+        """Loads that found the image in the host tier."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Held by the host tier now."""
+
     def start(self, ticket: AdapterTicket, first_unit: int, num_units: int) -> None:
         """Begin reading; the units belong to the reader until `poll` tells the end. Must not block."""
 

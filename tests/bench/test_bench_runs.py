@@ -18,7 +18,17 @@ from server.engine.engine import Engine
 
 # PEFT asks transformers for a property by its old name.
 PEFT_USES_AN_OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-BENCHES = ("versus_peft", "mixed", "registered", "host_time", "serving", "kinds", "loading")
+BENCHES = (
+    "versus_peft",
+    "mixed",
+    "registered",
+    "host_time",
+    "serving",
+    "kinds",
+    "loading",
+    "cold_start",
+    "over_capacity",
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +147,22 @@ def test_the_base_and_its_adapters_are_made_once_and_words_are_tokens(cache: Pat
     assert tokenizer.eos_token_id == EOS_TOKEN_ID
     one, other = (adapter_directory(TINY, AdapterShape(4), number, cache) for number in (0, 1))
     assert (one / "adapter_model.safetensors").read_bytes() != (other / "adapter_model.safetensors").read_bytes()
+
+
+def test_cold_start_runs_and_every_cold_request_was_a_load(cache: Path, tmp_path: Path) -> None:
+    found = run("cold_start", cache, tmp_path)
+    rows = {row["phase"]: row for row in found["rows"]}  # type: ignore[attr-defined]
+    assert set(rows) == {"calm", "resident", "cold"}
+    assert rows["calm"]["requests"] == 0
+    assert rows["cold"]["requests"] > 0
+    loads = found["raw"]["cold"]["phases_s"]  # type: ignore[index]
+    assert len(loads) == rows["cold"]["requests"]
+    assert all({"queue", "read", "check", "bind"} <= set(load) for load in loads)
+
+
+def test_over_capacity_runs_and_what_does_not_fit_is_loaded(cache: Path, tmp_path: Path) -> None:
+    found = run("over_capacity", cache, tmp_path)
+    rows = {(row["popularity"], row["set"]): row for row in found["rows"]}  # type: ignore[attr-defined]
+    assert set(rows) == {(popularity, size) for popularity in ("zipf", "uniform") for size in ("1x", "4x")}
+    assert rows["uniform", "4x"]["loads/request"] > 0
+    assert "4x, Zipf" in found["findings"][0]  # type: ignore[index]

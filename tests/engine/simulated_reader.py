@@ -26,9 +26,10 @@ class SimulatedReader:
         self.started: list[str] = []
         self._memory = memory
         self._pending: list[tuple[AdapterTicket, int, int, list[int]]] = []
-        self.host_bytes = 0  # room of the host tier
+        self.host_room = 0  # bytes of the host tier
         self.host: dict[str, AdapterTicket] = {}
         self.warmed: list[str] = []
+        self.num_host_hits = self.host_bytes = 0
         self._warming: list[AdapterTicket] = []
 
     def start(self, ticket: AdapterTicket, first_unit: int, num_units: int) -> None:
@@ -45,7 +46,7 @@ class SimulatedReader:
         return True
 
     def has_host_room(self, num_bytes: int) -> bool:
-        return num_bytes <= self.host_bytes
+        return num_bytes <= self.host_room
 
     def is_in_host(self, key: str) -> bool:
         return key in self.host

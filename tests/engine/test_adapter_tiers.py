@@ -55,7 +55,7 @@ def test_an_explicit_load_to_the_host_is_told_and_kept_apart_from_the_device() -
     bench = Bench()
     with pytest.raises(NoRoomForAdapter, match="host-adapter-memory"):
         bench.adapters.load(ticket("a"), Tier.HOST)
-    bench.reader.host_bytes = 10 * UNIT_BYTES
+    bench.reader.host_room = 10 * UNIT_BYTES
     assert bench.adapters.load(ticket("a"), Tier.HOST) is AdapterState.LOADING
     assert bench.engine.has_work, "somebody has to take over the end of the read"
     settle(bench)
@@ -75,7 +75,7 @@ def test_an_explicit_load_to_the_host_is_told_and_kept_apart_from_the_device() -
 
 def test_a_broken_image_is_told_by_the_load_to_the_host_too() -> None:
     bench = Bench()
-    bench.reader.host_bytes = 10 * UNIT_BYTES
+    bench.reader.host_room = 10 * UNIT_BYTES
     bench.reader.broken[ticket("a").key] = "truncated"
     bench.adapters.load(ticket("a"), Tier.HOST)
     settle(bench)

@@ -119,7 +119,7 @@ def test_running_streams_go_on_while_an_adapter_loads(house: House, tmp_path: Pa
     content = Path(house.good.image_path).read_bytes()
     released = threading.Event()
     slow = replace(house.good, key="slow", name="slow", image_path=str(tmp_path / "slow.img"))
-    original = house.engine.engine._adapters._reader._read  # type: ignore[attr-defined]
+    original = house.engine.engine._adapters.reader._read  # type: ignore[attr-defined]
 
     def read_when_released(ticket: AdapterTicket, *order: Any) -> dict[str, object]:
         if ticket.key == "slow":
@@ -127,7 +127,7 @@ def test_running_streams_go_on_while_an_adapter_loads(house: House, tmp_path: Pa
         header: dict[str, object] = original(ticket, *order)
         return header
 
-    house.engine.engine._adapters._reader._read = read_when_released  # type: ignore[attr-defined]
+    house.engine.engine._adapters.reader._read = read_when_released  # type: ignore[attr-defined]
     Path(slow.image_path).write_bytes(content)
     late = Ask("late", random_prompt(40, seed=1), slow, 12)
     answers = {ask.name: Answer() for ask in [*house.asks, late]}

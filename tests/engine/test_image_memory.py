@@ -159,6 +159,6 @@ def test_a_thousand_loads_and_evictions_leave_nothing_behind(tmp_path: Path) -> 
     assert after.num_adapters_resident == 0
     residency = engine.engine._adapters._device._residency
     assert residency.num_bytes == residency.num_resident == 0  # type: ignore[attr-defined]
-    assert engine.engine._adapters._reader.host_images() == []
+    assert engine.engine._adapters.reader.host_images() == []
     assert process.memory_info().rss - rss_before < 8 * MIB, "1,000 images would be more than 100 MB"
     engine.engine.check_integrity()
