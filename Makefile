@@ -67,6 +67,8 @@ bench: $(SETUP_DEV) ## the benchmarks, on CPU; ARGS=--quick shows that they run,
 	$(PY) -m bench.step_profile --json $(BENCH_RESULTS)/step_profile.json $(ARGS)
 	$(PY) -m bench.kinds --json $(BENCH_RESULTS)/kinds.json $(ARGS)
 	$(PY) -m bench.loading --json $(BENCH_RESULTS)/loading.json $(ARGS)
+	$(PY) -m bench.cold_start --json $(BENCH_RESULTS)/cold_start.json $(ARGS)
+	$(PY) -m bench.over_capacity --json $(BENCH_RESULTS)/over_capacity.json $(ARGS)
 	$(PY) -m bench.registered --json $(BENCH_RESULTS)/registered.json $(ARGS)
 	$(PY) -m bench.serving --json $(BENCH_RESULTS)/serving.json $(ARGS)
 

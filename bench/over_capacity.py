@@ -170,7 +170,7 @@ def deliver(arguments: argparse.Namespace, points: dict[tuple[str, int, str], Po
     size = shape.adapter_parameters(AdapterShape(arguments.rank)) * 4 / 1e6
     facts = conditions(
         budget=f"{arguments.fit} adapters of {size:.1f} MB on the device, {2 * arguments.fit} in the host tier",
-        requests=f"{arguments.requests} of 32 + {arguments.output_tokens} tokens a round, {arguments.clients} at a time",
+        requests=f"{arguments.requests} of 32 + {arguments.output_tokens} tokens, {arguments.clients} at a time",
         eviction=arguments.eviction,
         rounds=arguments.rounds,
     )
