@@ -86,6 +86,7 @@ class FakeEngine:
         self.busy: set[str] = set()
         self.is_gone = False
         self.kept: list[str] = []
+        self.tiers: list[str] = []  # of loads and evictions, in turn
 
     def stats(self) -> EngineStats:
         return EngineStats(num_units=64, units_free=64, total_adapter_evictions={"lru": 1})
@@ -102,6 +103,7 @@ class FakeEngine:
 
     async def load(self, ticket: AdapterTicket, tier: Tier = Tier.DEVICE) -> AdapterState:
         self._require()
+        self.tiers.append(str(tier))
         if ticket.name.startswith("broken"):
             raise AdapterLoadFailed(f'adapter "{ticket.name}" could not be loaded: its image is cut short')
         self.loaded[ticket.key] = ResidentAdapter(
@@ -111,6 +113,7 @@ class FakeEngine:
 
     async def evict(self, key: str, tier: Tier = Tier.DEVICE) -> bool:
         self._require()
+        self.tiers.append(str(tier))
         if key in self.busy:
             raise AdapterBusy("requests run on it; try again when they have ended")
         return self.loaded.pop(key, None) is not None
