@@ -1,6 +1,7 @@
 """The JSON body of `POST /admin/v1/adapters`: an adapter that the server fetches itself, as work in the background.
 
     {"name": "sql", "source": {"uri": "hf://org/sql-lora@v2", "token": "hf_..."}, "alias": "prod", "preload": "gpu"}
+    {"name": "sql", "source": {"files": {"adapter_config.json": "sha256:...", ...}}}        blobs that were sent
 
 202 with the operation to follow; with `?wait=60` the version itself, if it is there by then, and the refusal of the
 work, if it failed. What can be refused without asking the source is refused at once.
@@ -9,16 +10,19 @@ work, if it failed. What can be refused without asking the source is refused at 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from adapters_store.attributes import Attributes, check_attributes
-from adapters_store.record import AdapterVersion
+from adapters_store.pending import PendingFiles, parse_digest
+from adapters_store.record import AdapterVersion, Source
+from adapters_store.staging import Stage, check_path
 from server.api.adapter_view import residents_of, view_version
 from server.api.audit import unchanged
 from server.api.caller import caller_of
@@ -29,7 +33,8 @@ from server.api.preconditions import Precondition
 from server.api.service import Service
 from server.api.upload_order import check_stage, known_record, wanted_aliases
 from server.engine.request import Tier
-from server.library.sources.download import Phase, Progress
+from server.library.errors import SourceForbidden
+from server.library.sources.download import Fetched, Phase, Progress
 
 MAX_BODY_BYTES = 64 * 1024
 _TIERS = {"cpu": Tier.HOST, "gpu": Tier.DEVICE}
@@ -39,10 +44,22 @@ CANCELLED = Explanation(409, "cancelled", "the operation was cancelled", "cancel
 class PullSource(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    uri: str = Field(
-        description="org/repo[@revision][#folder], hf://, huggingface://, s3://, gs://, https://, file:// or a path."
+    uri: str | None = Field(
+        None,
+        description="org/repo[@revision][#folder], hf://, huggingface://, s3://, gs://, https://, file:// or a path.",
+    )
+    files: dict[str, str] | None = Field(
+        None, min_length=1, description="Instead of a uri: path -> digest of a blob that was sent."
     )
     token: SecretStr | None = Field(None, description="For this fetch alone, from the Hub or by https.")
+
+    @model_validator(mode="after")
+    def _is_one_source(self) -> PullSource:
+        if (self.uri is None) == (self.files is None):
+            raise ValueError("give either uri or files")
+        if self.files is not None and self.token is not None:
+            raise ValueError("a token is for a uri")
+        return self
 
 
 class PullOrder(BaseModel):
@@ -78,7 +95,7 @@ class Pull:
         caller.require(order.name)
         check_attributes(self._changes)
         self._precondition.check(known_record(self._front.library, order.name))
-        self._front.puller.check(order.source.uri, self._token, is_trusted=self._is_trusted)
+        self._check_source(order.source)
         self.was_created = False
 
     async def work(self, operation: Operation) -> Mapping[str, Any]:
@@ -91,29 +108,52 @@ class Pull:
             if phase == "validating" and not self._is_dry_run:
                 operation.seal()  # the commit runs to its end
 
-        if self._is_dry_run:
-            return await self._check(tell)
-        committed = await self._front.puller.pull(
-            self.order.source.uri,
-            self.order.name,
-            token=self._token,
-            is_trusted=self._is_trusted,
-            aliases=self._aliases,
-            create_only=self.order.if_exists == "error",
-            expect=self._precondition.check,
-            progress=tell,
-        )
+        async with self._fetched(tell) as fetched:
+            num_bytes = sum(file.size for file in fetched.stage.files)
+            tell(num_bytes, num_bytes, "validating")
+            if self._is_dry_run:
+                return (await check_stage(self._front, fetched.stage, self.order.name)).model_dump(mode="json")
+            committed = await self._front.library.add(
+                fetched.stage,
+                self.order.name,
+                source=fetched.source,
+                aliases=self._aliases,
+                create_only=self.order.if_exists == "error",
+                expect=self._precondition.check,
+            )
         self.was_created = committed.created
         await self._finish(committed.version, operation)
         return view_version(self._front, committed.version, await residents_of(self._front)).model_dump(mode="json")
 
-    async def _check(self, tell: Progress) -> Mapping[str, Any]:
+    def _check_source(self, source: PullSource) -> None:
+        """Raises SourceInvalid, SourceForbidden, InvalidName, FileRefused."""
+        if source.uri is not None:
+            self._front.puller.check(source.uri, self._token, is_trusted=self._is_trusted)
+            return
+        if not self._is_trusted:
+            raise SourceForbidden("this key is bound to adapters, and blobs are not. Upload the files themselves.")
+        for path, digest in (source.files or {}).items():
+            check_path(path)
+            parse_digest(digest)
+
+    @asynccontextmanager
+    async def _fetched(self, tell: Progress) -> AsyncIterator[Fetched]:
+        """The files, wherever they come from, in a stage that goes when the block ends."""
+        uri = self.order.source.uri
+        if uri is None:
+            with self._front.library.stage() as stage:
+                await asyncio.to_thread(self._name_blobs, stage)
+                yield Fetched(stage, Source("upload:"))
+            return
         async with self._front.puller.fetched(
-            self.order.source.uri, token=self._token, is_trusted=self._is_trusted, progress=tell
+            uri, token=self._token, is_trusted=self._is_trusted, progress=tell
         ) as fetched:
-            tell(sum(file.size for file in fetched.stage.files), None, "validating")
-            checked = await check_stage(self._front, fetched.stage, self.order.name)
-        return checked.model_dump(mode="json")
+            yield fetched
+
+    def _name_blobs(self, stage: Stage) -> None:
+        pending = PendingFiles(self._front.library.catalog.root)
+        for path, digest in (self.order.source.files or {}).items():
+            pending.name(stage, path, parse_digest(digest))
 
     async def _finish(self, version: AdapterVersion, operation: Operation) -> None:
         """What is said of the adapter, and where its version is wanted. The version is committed whatever comes."""

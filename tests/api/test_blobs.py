@@ -58,6 +58,28 @@ def test_a_file_is_asked_for_sent_once_and_named(visit: Visit) -> None:
     visit(test)
 
 
+def test_an_order_names_blobs_as_its_source(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        async def order(**source: Any) -> httpx.Response:
+            body = {"name": "sql", "source": source, "alias": "prod"}
+            return await door.client.post("/admin/v1/adapters?wait=20", json=body)
+
+        named = {path: "sha256:" + sha256(data) for path, data in FILES.items()}
+        assert (await order(files=named)).json()["error"]["code"] == "blob_not_found"
+        for data in FILES.values():
+            await send(door, data)
+        assert (await order(files=named)).status_code == 201
+        assert (await order(files=named)).status_code == 200
+        assert (await door.client.get("/admin/v1/adapters/sql")).json()["aliases"] == {"default": 1, "prod": 1}
+        assert (await order(files={"../x": named["adapter_config.json"]})).json()["error"]["code"] == "file_refused"
+        assert (await order(files={"README.md": "sha256:xyz"})).json()["error"]["code"] == "invalid_name"
+        for source in ({"files": named, "uri": "org/x"}, {}, {"files": named, "token": "hf_x"}):
+            assert (await order(**source)).json()["error"]["code"] == "invalid_order"
+        assert door.leftovers() == []
+
+    visit(test)
+
+
 def test_an_announced_file_that_is_nowhere_is_refused(visit: Visit) -> None:
     async def test(door: Door) -> None:
         answer = await name_files(door, FILES, "adapter_config.json")
