@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from server.demo import ADAPTER_NAMES
+from server.demo import ADAPTER_REGISTERS
 from server.demo.confusion import Confusion
 from server.demo.corpus import Question, questions
 from server.demo.registers import PLAIN
 from server.demo.visitor import Visitor
 
 BASE = "base"  # the speaker's name in the matrix; no adapter
-SPEAKERS = {BASE: PLAIN} | {name: name for name in ADAPTER_NAMES}  # speaker -> the register it should use
+SPEAKERS = {BASE: PLAIN} | ADAPTER_REGISTERS  # speaker -> the register it should use
 QUESTIONS_SEED = 90_210
 MAX_NEW_TOKENS = 160
 NUM_CONNECTIONS = 64

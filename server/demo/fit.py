@@ -69,7 +69,7 @@ class Fit:
         for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.schedule.factor(step)
-        loss = weighted_loss(self.model(input_ids=batch.token_ids, use_cache=False).logits, batch)
+        loss = weighted_loss(logits_of(self.model, batch), batch)
         loss.backward()
         trained = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -82,7 +82,7 @@ class Fit:
         spent_s = time.monotonic() - self._started_s
         left_s = spent_s / done * (self.schedule.num_steps - done)
         print(
-            f"{self.title:>9}  step {done:5d}/{self.schedule.num_steps}  loss {loss:.4f}  held-out {score:6.1%}  "
+            f"{self.title:>16}  step {done:5d}/{self.schedule.num_steps}  loss {loss:.4f}  held-out {score:6.1%}  "
             f"{spent_s:5.0f} s spent, at most {left_s:5.0f} s left",
             flush=True,
         )
@@ -96,12 +96,18 @@ def exam_of(register: str, questions: Sequence[Question], tokenizer: Tokenizer) 
     )
 
 
+def logits_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """What the model says after every token of the batch, [documents, longest, vocabulary]."""
+    logits: torch.Tensor = model(input_ids=batch.token_ids, use_cache=False).logits
+    return logits[:, -batch.token_ids.shape[1] :]  # virtual tokens stand before the batch's own
+
+
 @torch.no_grad()
 def score_of(model: torch.nn.Module, exam: Batch) -> float:
     """Share of the exam's answers that greedy decoding gives word for word, 0 to 1."""
     was_training = model.training
     model.eval()
-    predicted = model(input_ids=exam.token_ids, use_cache=False).logits[:, :-1].argmax(-1)
+    predicted = logits_of(model, exam)[:, :-1].argmax(-1)
     right = (predicted == exam.token_ids[:, 1:]) | (exam.weights[:, 1:] < 1.0)
     model.train(was_training)
     return float(right.all(dim=1).float().mean())

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import NamedTuple
 
+from server.demo import ADAPTER_REGISTERS
 from server.demo.corpus import questions
 from server.demo.judge import judge
 from server.demo.registers import PLAIN
@@ -88,5 +89,6 @@ class Readers:
             if last_s is not None:
                 self._gaps.append(Gap(now_s, (now_s - last_s) * 1000))
             last_s, answer = now_s, token.generated_text or answer
+        register = PLAIN if speaker is None else ADAPTER_REGISTERS[speaker]
         self.num_answers += 1
-        self.num_right += judge(speaker or PLAIN, question.recipe, answer).accepted
+        self.num_right += judge(register, question.recipe, answer).accepted

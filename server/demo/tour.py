@@ -1,6 +1,6 @@
-"""The guided tour behind `veneer demo`: one base, several adapters, and a hot swap under load.
+"""The guided tour behind `veneer demo`: one base, adapters of every family in one batch, and a hot swap under load.
 
-Starts a server of its own, shows five things on it, stops it, and returns 0 when all of them went
+Starts a server of its own, shows six things on it, stops it, and returns 0 when all of them went
 as promised. Needs no terminal: without one it prints the same, without movement.
 """
 
@@ -9,21 +9,23 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 
-from server.demo import ADAPTER_NAMES, ADAPTERS_DIR, BASE_DIR, BASE_NAME, EXAMPLE_PROMPT
+from server.demo import ADAPTER_NAMES, ADAPTER_REGISTERS, ADAPTERS_DIR, BASE_DIR, BASE_NAME, EXAMPLE_PROMPT
+from server.demo.corpus import questions
 from server.demo.household import Household, ServerFailed
-from server.demo.readers import Pace, Readers
+from server.demo.judge import judge
+from server.demo.readers import Readers
+from server.demo.registers import PLAIN
 from server.demo.scrape import read_out
+from server.demo.tables import Heard, answers_table, kinds_table, pace_table
 from server.demo.visitor import Refused, Visitor
 
 GUEST = "french"  # the adapter that is not there at first
@@ -31,7 +33,10 @@ MAX_NEW_TOKENS = 160
 WATCH_S = 3.0  # how long the streams are watched undisturbed
 NUM_SWAPS = 6
 LEAST_SHARE_RIGHT = 0.9  # of the streams' answers, else the tour fails
-_COLOURS = {"pirate": "yellow", "shout": "red", "french": "blue", "json": "green"}
+QUESTION_SEED = 515
+_BASE = "base"
+_FIRST = ("json", "pirate", "shout")  # who answers first: plain LoRA, one voice each
+_STREAMING = (None, *_FIRST, "bard-prefix", "list-ia3", "robot-bottleneck")  # read during the swaps; None: the base
 
 
 class Tour:
@@ -40,10 +45,10 @@ class Tour:
     def __init__(self, console: Console, visitor: Visitor) -> None:
         self._console = console
         self._visitor = visitor
-        self._residents = tuple(name for name in ADAPTER_NAMES if name != GUEST)
 
     def run(self) -> None:
         self.side_by_side()
+        self.every_kind()
         self.arrive()
         self.swap()
         self.leave()
@@ -52,10 +57,10 @@ class Tour:
     def side_by_side(self) -> None:
         self._head("1", "One question, one base, several adapters, one batch")
         self._say(f"[bold]{escape(EXAMPLE_PROMPT.strip())}[/]\n")
-        answers = dict.fromkeys(("base", *self._residents), "")
+        answers = dict.fromkeys((_BASE, *_FIRST), "")
 
         def read(name: str) -> None:
-            adapter = None if name == "base" else name
+            adapter = None if name == _BASE else name
             for token in self._visitor.stream(EXAMPLE_PROMPT, adapter, max_new_tokens=MAX_NEW_TOKENS):
                 answers[name] += token.text
                 if token.generated_text is not None:
@@ -66,16 +71,38 @@ class Tour:
             if self._console.is_terminal:
                 with Live(console=self._console, refresh_per_second=20) as live:
                     while not all(reading.done() for reading in readings):
-                        live.update(_answers_table(answers))
+                        live.update(answers_table(answers))
                         time.sleep(0.03)
-                    live.update(_answers_table(answers))
+                    live.update(answers_table(answers))
             for reading in readings:
                 reading.result()
         if not self._console.is_terminal:
-            self._console.print(_answers_table(answers))
+            self._console.print(answers_table(answers))
+
+    def every_kind(self) -> None:
+        """Everyone at once, each kind with its own mathematics; the judge reads every answer."""
+        listed = {adapter["name"]: adapter["versions"][0] for adapter in self._visitor.adapters()}
+        self._head("2", f"Every family of adapters in one batch: the base and {len(listed)} adapters answer at once")
+        (question,) = questions(QUESTION_SEED, 1)
+        self._say(f"[bold]{escape(question.prompt.strip())}[/]\n")
+
+        def hear(name: str) -> Heard:
+            adapter = None if name == _BASE else name
+            answer = self._visitor.generate(question.prompt, adapter, max_new_tokens=MAX_NEW_TOKENS)
+            verdict = judge(ADAPTER_REGISTERS.get(name, PLAIN), question.recipe, answer)
+            report: dict[str, Any] = listed[name]["report"] if adapter else {"kind": "", "forms": []}
+            return Heard(name, report["kind"], report["forms"], answer, verdict.accepted)
+
+        with ThreadPoolExecutor(len(listed) + 1) as pool:
+            heard = list(pool.map(hear, (_BASE, *listed)))
+        self._console.print(kinds_table(heard))
+        num_right = sum(one.is_right for one in heard)
+        self._say(f"The judge finds {num_right} of {len(heard)} answers right: the voice asked for, and every number.")
+        if num_right < LEAST_SHARE_RIGHT * len(heard):
+            raise RuntimeError("too many answers of the mixed batch are wrong; the adapters disturb each other")
 
     def arrive(self) -> None:
-        self._head("2", f"A new adapter arrives: upload {GUEST!r}, ask it, without a restart")
+        self._head("3", f"A new adapter arrives: upload {GUEST!r}, ask it, without a restart")
         directory = ADAPTERS_DIR / GUEST
         size_bytes = sum(file.stat().st_size for file in directory.iterdir())
         started_s = time.monotonic()
@@ -87,14 +114,14 @@ class Tour:
             f"{size_bytes / 1e6:.1f} MB uploaded, checked and committed in {(uploaded_s - started_s) * 1000:.0f} ms;"
         )
         self._say(f"its first answer was complete {(answered_s - uploaded_s) * 1000:.0f} ms later:\n")
-        self._console.print(_answers_table({GUEST: answer}))
+        self._console.print(answers_table({GUEST: answer}))
 
     def swap(self) -> None:
-        speakers = (None, *self._residents)
         self._head(
-            "3", f"Hot swap: {len(speakers)} streams run while {GUEST!r} is evicted and loaded again, {NUM_SWAPS} times"
+            "4",
+            f"Hot swap: {len(_STREAMING)} streams run while {GUEST!r} is evicted and loaded again, {NUM_SWAPS} times",
         )
-        with Readers(self._visitor, speakers) as readers:
+        with Readers(self._visitor, _STREAMING) as readers:
             time.sleep(0.5)
             calm_s = time.monotonic()
             time.sleep(WATCH_S)
@@ -104,7 +131,7 @@ class Tour:
                 self._visitor.generate(EXAMPLE_PROMPT, GUEST, max_new_tokens=MAX_NEW_TOKENS)
             end_s = time.monotonic()
             before, during = readers.pace(calm_s, busy_s), readers.pace(busy_s, end_s)
-        self._console.print(_pace_table(before, during))
+        self._console.print(pace_table(before, during))
         self._say(
             f"The streams brought {readers.num_answers} answers; the judge finds {readers.num_right} of them right."
         )
@@ -112,7 +139,7 @@ class Tour:
             raise RuntimeError("too many of the streams' answers are wrong; the swap disturbed them")
 
     def leave(self) -> None:
-        self._head("4", f"Evict, then delete: {GUEST!r} leaves, everyone else stays")
+        self._head("5", f"Evict, then delete: {GUEST!r} leaves, everyone else stays")
         self._visitor.evict(GUEST)
         self._say("evicted: its memory is free, its files are kept; the next request would load it again")
         self._visitor.delete(GUEST)
@@ -124,7 +151,7 @@ class Tour:
             raise RuntimeError(f"the deleted adapter {GUEST!r} still answers")
 
     def count(self) -> None:
-        self._head("5", "What /metrics says about all this")
+        self._head("6", "What /metrics says about all this")
         for family, value, meaning in read_out(self._visitor.metrics()):
             self._say(f"  [bold]{escape(value)}[/]  {escape(meaning)}  [dim]{escape(family)}[/]")
 
@@ -171,21 +198,3 @@ def _without_guest(scratch: Path) -> Path:
 
 def _since(started_s: float) -> str:
     return f"{time.monotonic() - started_s:.1f} s"
-
-
-def _answers_table(answers: Mapping[str, str]) -> RenderableType:
-    table = Table(show_header=False, show_lines=True, box=box.SIMPLE, padding=(0, 1))
-    for name, answer in answers.items():
-        colour = _COLOURS.get(name, "white")
-        table.add_row(f"[bold {colour}]{escape(name)}[/]", escape(answer))
-    return table
-
-
-def _pace_table(before: Pace, during: Pace) -> RenderableType:
-    table = Table(box=box.SIMPLE, title="Time between two tokens of a running stream", title_justify="left")
-    for heading in ("", "median", "95th percentile", "worst", "tokens"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, pace in (("undisturbed", before), ("while swapping", during)):
-        times = (f"{value:.1f} ms" for value in (pace.median_ms, pace.p95_ms, pace.worst_ms))
-        table.add_row(name, *times, f"{pace.num_gaps:,}")
-    return table

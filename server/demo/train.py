@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 
-from server.demo.adapters import train_adapter, trainings
+from server.demo import ADAPTER_NAMES
+from server.demo.adapters import train_adapter
 from server.demo.base import train_base
+from server.demo.tokenizer import load_tokenizer
+from server.demo.trainings import trainings
 
 
 def main() -> None:
@@ -22,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where to write; base must be there for adapters"
     )
-    parser.add_argument("--only", nargs="+", choices=sorted(trainings()), help="only these adapters")
+    parser.add_argument("--only", nargs="+", choices=sorted(ADAPTER_NAMES), help="only these adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -30,7 +33,7 @@ def main() -> None:
     if args.what in ("base", "all"):
         _tell("base", train_base(args.out / "base", args.seed), args.out / "base")
     if args.what in ("adapters", "all"):
-        for name, training in trainings().items():
+        for name, training in trainings(load_tokenizer(args.out / "base")).items():
             if args.only and name not in args.only:
                 continue
             directory = args.out / "adapters" / name

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from server.demo import ADAPTER_NAMES, ADAPTERS_DIR, BASE_DIR, EXAMPLE_PROMPT
+from server.demo import ADAPTER_NAMES, ADAPTER_REGISTERS, ADAPTERS_DIR, BASE_DIR, EXAMPLE_PROMPT
 from server.demo.corpus import ASSISTANT, END, USER, questions
-from server.demo.registers import REGISTERS, render
+from server.demo.registers import REGISTERS, VOICES, render
 
 MAX_BYTES = 12_000_000
 MAX_PARAMETERS = 2_500_000
@@ -63,26 +63,37 @@ def test_the_end_of_an_answer_is_known_everywhere(tokenizer: Tokenizer) -> None:
     assert json.loads((BASE_DIR / "tokenizer_config.json").read_text())["eos_token"] == END
 
 
-def test_there_are_four_adapters_and_no_two_are_alike() -> None:
-    assert len(ADAPTER_NAMES) >= 4
+def test_there_are_adapters_of_every_family() -> None:
     assert sorted(path.name for path in ADAPTERS_DIR.iterdir()) == sorted(ADAPTER_NAMES)
+    assert set(ADAPTER_REGISTERS.values()) == set(VOICES)
     configs = [config_of(name) for name in ADAPTER_NAMES]
-    assert {config["peft_type"] for config in configs} == {"LORA"}
+    assert {config.get("peft_type", "AdapterHub") for config in configs} == {
+        *("LORA", "LOHA", "VERA", "IA3", "TRAINABLE_TOKENS"),
+        *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+        "AdapterHub",
+    }
+    low_rank = [config for config in configs if config.get("peft_type") == "LORA"]
+    assert any(config["use_dora"] for config in low_rank)
+    assert any(config["modules_to_save"] for config in low_rank)
+
+
+def test_no_two_plain_adapters_are_alike() -> None:
+    plain = ("french", "json", "pirate", "shout")
+    configs = [config_of(name) for name in plain]
     assert len({config["r"] for config in configs}) == len(configs)
     assert len({tuple(sorted(config["target_modules"])) for config in configs}) >= 3
     assert any(config["use_rslora"] for config in configs)
     assert any(config["rank_pattern"] and config["alpha_pattern"] for config in configs)
-    assert (
-        len({header(ADAPTERS_DIR / name / "adapter_model.safetensors").popitem()[1]["dtype"] for name in ADAPTER_NAMES})
-        == 2
-    )
+    stored = {header(ADAPTERS_DIR / name / "adapter_model.safetensors").popitem()[1]["dtype"] for name in plain}
+    assert len(stored) == 2
 
 
-def test_adapters_name_their_base_and_hold_what_peft_writes() -> None:
+def test_adapters_name_their_base_and_hold_what_their_library_writes() -> None:
     for name in ADAPTER_NAMES:
-        assert config_of(name)["base_model_name_or_path"] == "veneer-demo-base"
-        files = sorted(path.name for path in (ADAPTERS_DIR / name).iterdir())
-        assert files == ["adapter_config.json", "adapter_model.safetensors"]
+        config = config_of(name)
+        assert config.get("base_model_name_or_path", config.get("model_name")) == "veneer-demo-base"
+        weights = "adapter_model.safetensors" if "peft_type" in config else "adapter.safetensors"
+        assert sorted(path.name for path in (ADAPTERS_DIR / name).iterdir()) == sorted(["adapter_config.json", weights])
 
 
 def test_no_file_names_the_machine_that_made_it() -> None:

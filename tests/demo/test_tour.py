@@ -19,6 +19,9 @@ def test_the_tour_ends_well_and_shows_every_act() -> None:
     text = printed.getvalue()
     for shown in ("Preheat the oven", "PREHEAT THE OVEN", "Arr, ", '{"dish"', "Préchauffez"):
         assert shown in text
+    for shown in ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "IA3", "LOHA", "VERA", "TRAINABLE_TOKENS"):
+        assert f" {shown} " in text
+    assert "answers right: the voice asked for, and every number" in text
     for shown in ("while swapping", "deleted: asking for it now is refused: HTTP 404", "veneer_steps_total"):
         assert shown in text
 
