@@ -3,7 +3,7 @@
 loading the base          0.84 s
 self-check                0.12 s
 adapters                  0.31 s
-Veneer serves veneer-demo-base with 4 adapters on http://127.0.0.1:8000 (ready in 1.4 s)
+Veneer serves veneer-demo-base with 14 adapters on http://127.0.0.1:8000 (ready in 1.4 s)
 """
 
 from __future__ import annotations
@@ -83,6 +83,6 @@ def _curl(url: str, prompt: str, adapter: str | None, settings: Settings) -> str
         body["adapter"] = adapter
     body["parameters"] = {"max_new_tokens": _EXAMPLE_TOKENS}
     words = ["curl", "-sN" if url.endswith("_stream") else "-s", url, "-H", "'Content-Type: application/json'"]
-    if settings.api_key:
+    if settings.api_key or settings.keys_file:
         words += ["-H", '"Authorization: Bearer $VENEER_API_KEY"']
     return " ".join([*words, "-d", shlex.quote(json.dumps(body))])
