@@ -11,13 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from server import cli_inspect, cli_store
+from server import cli_inspect, cli_pull, cli_store
 from server.cli_server import DEFAULT_URL, AsJson, Key, Url, ask
 from server.library.directory import adapter_in
 
 app = typer.Typer(help="The adapters of a running server; `inspect` and `convert` need none.", no_args_is_help=True)
 app.command("inspect")(cli_inspect.inspect_adapter)
 app.command("convert")(cli_inspect.convert_adapter)
+app.command("pull")(cli_pull.pull)
 cli_store.register(app)
 AdapterName = Annotated[str, typer.Argument(metavar="NAME")]
 
