@@ -64,7 +64,7 @@ class AutoLoader:
     async def _bring(self, name: str, unknown: AdapterNotFound) -> None:
         known = self._failures.get(name)
         if known is not None and time.monotonic() - known[0] < _REMEMBERED_S:
-            raise known[1]
+            raise known[1].with_traceback(None)  # else every caller would leave frames on it
         job = functools.partial(self._puller.pull, f"hf://{name}", name)
         try:
             async with asyncio.timeout(self._patience_s):
