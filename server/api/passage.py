@@ -48,9 +48,7 @@ class Passage:
             async with aclosing(generation.deltas()) as deltas:
                 try:
                     async for delta in deltas:
-                        self._num_sent += len(delta.tokens)
-                        if delta.finish is not None:
-                            self._finishes.append(delta.finish)
+                        self._note(delta)
                         yield delta
                     self._note_outcome(failed=False)
                 except Exception:
@@ -70,6 +68,11 @@ class Passage:
             if not near:
                 raise
             raise AdapterNotFound(f"{error} Did you mean {' or '.join(map(repr, near))}?") from None
+
+    def _note(self, delta: TextDelta) -> None:
+        self._num_sent += len(delta.tokens)
+        if delta.finish is not None:
+            self._finishes.append(delta.finish)
 
     def _note_outcome(self, *, failed: bool) -> None:
         """For canaries. A caller who leaves is no outcome."""

@@ -18,7 +18,7 @@ import pytest
 from server.usage import Account, UsageLedger, Use, read_usage
 from tests.api.asgi_call import AsgiCall
 from tests.api.conftest import Door, Visit
-from tests.api.test_scopes import make_keys, of
+from tests.api.keyed import make_keys, of
 
 SQL = Account("bi", "sql", 3)
 ONE = Use(1, 0, 10, 4, 7)
