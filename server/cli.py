@@ -1,6 +1,6 @@
 """The `veneer` command: its tree, and the commands that need no server.
 
-    veneer serve [MODEL] [flags]      veneer adapters push|list|show|load|evict|rm|inspect|convert
+    veneer serve [MODEL] [flags]      veneer adapters push|pull|ls|show|alias|canary|rm ...
     veneer generate MODEL [PROMPT]    veneer config show [flags]
     veneer keys add|list|revoke|usage veneer version
     veneer demo

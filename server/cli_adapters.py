@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from server import cli_inspect, cli_pull, cli_store
+from server import cli_inspect, cli_pull, cli_releases, cli_store
+from server.admin_client import AdminClient
+from server.cli_releases import VersionName, name_and_version, shares_text, told
 from server.cli_server import DEFAULT_URL, AsJson, Key, Url, ask
 from server.library.directory import adapter_in
 
@@ -20,10 +24,14 @@ app.command("inspect")(cli_inspect.inspect_adapter)
 app.command("convert")(cli_inspect.convert_adapter)
 app.command("pull")(cli_pull.pull)
 cli_store.register(app)
+cli_releases.register(app)
 AdapterName = Annotated[str, typer.Argument(metavar="NAME")]
+Tier = Annotated[Literal["device", "host"], typer.Option(help="Where to.")]
+EvictTier = Annotated[Literal["device", "host", "all"], typer.Option(help="Where from.")]
 
 
-@app.command("list")
+@app.command("ls")
+@app.command("list", hidden=True)
 def list_adapters(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False, prefix: str = "") -> None:
     """The registered adapters, and where they are."""
     found = ask(url, key, lambda client: client.list(prefix))
@@ -56,7 +64,7 @@ def push(
     answer = ask(
         url,
         key,
-        lambda client: client.push(name, adapter_in(directory), alias=alias, promote=promote, dry_run=dry_run),
+        lambda client: _push(client, name, directory, alias, promote, dry_run=dry_run, is_quiet=as_json),
     )
     if as_json:
         print(json.dumps(answer))
@@ -70,31 +78,72 @@ def push(
 
 
 @app.command()
-def load(name: AdapterName, url: Url = DEFAULT_URL, key: Key = None) -> None:
-    """Bring an adapter to the device now; requests do that by themselves."""
-    answer = ask(url, key, lambda client: client.load(name))
-    print(f"{answer['name']}@{answer['version']} is on the device")
+def load(
+    name: VersionName, url: Url = DEFAULT_URL, key: Key = None, tier: Tier = "device", as_json: AsJson = False
+) -> None:
+    """Bring an adapter near now; requests do that by themselves."""
+    adapter, version = name_and_version(name)
+    answer = ask(url, key, lambda client: client.load(adapter, version, tier))
+    told(answer, f"{answer['name']}@{answer['version']} is on the {tier}", as_json)
 
 
 @app.command()
-def evict(name: AdapterName, url: Url = DEFAULT_URL, key: Key = None) -> None:
-    """Take an adapter off the device; it stays registered."""
-    ask(url, key, lambda client: client.evict(name))
-    print(f"{name} is off the device")
+def evict(
+    name: VersionName,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    tier: EvictTier = "device",
+    as_json: AsJson = False,
+) -> None:
+    """Send an adapter away from a tier; it stays registered."""
+    adapter, version = name_and_version(name)
+    answer = ask(url, key, lambda client: client.evict(adapter, version, tier))
+    told(answer, f"{name} is off the device" if tier == "device" else f"{name} has left: {tier}", as_json)
 
 
 @app.command()
-def rm(name: AdapterName, url: Url = DEFAULT_URL, key: Key = None) -> None:
-    """Delete an adapter with all its versions; requests that run on it finish."""
-    answer = ask(url, key, lambda client: client.delete(name))
+def rm(
+    name: VersionName,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    force: Annotated[bool, typer.Option("--force", help="Also what is pinned, or what an alias points to.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete an adapter with all its versions, or one version; requests that run on it finish."""
+    adapter, version = name_and_version(name)
+    answer = ask(url, key, lambda client: client.delete(adapter, version, force=force))
     left = f", {answer['requests_left']} requests still run on it" if answer["requests_left"] else ""
-    print(f"{name} is deleted{left}")
+    told(answer, f"{name} is deleted{left}", as_json)
+
+
+def _push(
+    client: AdminClient,
+    name: str,
+    directory: Path,
+    alias: str | None,
+    promote: bool,
+    *,
+    dry_run: bool,
+    is_quiet: bool,
+) -> dict[str, Any]:
+    """Uploads, with a bar where somebody looks."""
+    console = Console(stderr=True, quiet=is_quiet)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=is_quiet or not console.is_terminal) as bar:
+        task = bar.add_task("uploading", total=None)
+
+        def on_bytes(sent: int, total: int) -> None:
+            step = "checking" if sent == total else "uploading"  # what is left then is the server's work
+            bar.update(task, description=step, completed=sent, total=total)
+
+        where = adapter_in(directory)
+        return client.push(name, where, alias=alias, promote=promote, dry_run=dry_run, on_bytes=on_bytes)
 
 
 def _line(adapter: dict[str, Any]) -> str:
     version = next((item for item in adapter["versions"] if item["version"] == adapter["latest_version"]), None)
     device = (version or {}).get("residency", {}).get("device")
-    aliases = ", ".join(f"{alias}={number}" for alias, number in sorted(adapter["aliases"].items()))
+    aliases = ", ".join(f"{alias}={shares_text(meaning)}" for alias, meaning in sorted(adapter["aliases"].items()))
     return (
         f"{adapter['name']:32}{adapter['latest_version'] or '-':>8}  {adapter['state']:14}"
         f"{device['state'] if device else '-':10}{version['bytes'] if version else 0:>12,}  {aliases}"
