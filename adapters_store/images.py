@@ -9,9 +9,11 @@ packed for (base fingerprint, dtype, packer version). A missing or odd image is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 from adapters_store.durable import move_file, read_json, remove, write_json
 from adapters_store.errors import StoreDamaged
 
+_TOUCH_EVERY_S = 60.0
 _NAME = re.compile(r"([0-9a-f]{64})-([A-Za-z0-9_.-]+)\.(img|json)")
 
 
@@ -46,14 +49,27 @@ class StagedImage:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ShelvedImage:
+    """An image as the directory shows it, of whatever base and packer."""
+
+    effect: str  # hex
+    variant: str
+    file_bytes: int
+    last_used_s: float  # Unix time, to `_TOUCH_EVERY_S`
+
+
 class ImageShelf:
-    """All images of one store."""
+    """All images of one store. When an image was last asked for is kept as the time of its file."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._images: dict[tuple[str, str], StoredImage] = {}  # (hex of effect, variant)
         self._variants: set[str] = set()
+        self._touched_s: dict[tuple[str, str], float] = {}
         self._lock = threading.Lock()
+        self.num_bytes = 0  # of all images, as of the last `survey` and what came and went here since
+        self.survey()
         for effect, variant in list(self._sidecars()):
             self._recall(effect, variant)
 
@@ -65,7 +81,10 @@ class ImageShelf:
             if image is None:  # another process may have packed it
                 self._recall(*key)
                 image = self._images.get(key)
-        return image if image is not None and image.is_whole else None
+        if image is None or not image.is_whole:
+            return None
+        self._touch(key, image)
+        return image
 
     def adopt(self, effect_digest: str, image: StagedImage) -> StoredImage:
         """Moves a synced image file onto the shelf; one that is there already stays and `image` is removed."""
@@ -82,7 +101,29 @@ class ImageShelf:
         with self._lock:
             self._images[effect, image.variant] = stored
             self._variants.add(image.variant)
+            self.num_bytes += file_bytes
         return stored
+
+    def survey(self) -> list[ShelvedImage]:
+        """Every image in the directory now; also counts `num_bytes` again."""
+        found = []
+        for entry in os.scandir(self._directory):
+            match = _NAME.fullmatch(entry.name)
+            if match is None or match[3] != "img":
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                facts = entry.stat()
+                found.append(ShelvedImage(match[1], match[2], facts.st_size, facts.st_mtime))
+        self.num_bytes = sum(image.file_bytes for image in found)
+        return found
+
+    def remove(self, image: ShelvedImage) -> int:
+        """Removes one image, which the caller knows to be unused; the bytes of it."""
+        with self._lock:
+            self._images.pop((image.effect, image.variant), None)
+        self._remove_files(image.effect, image.variant)
+        self.num_bytes -= image.file_bytes
+        return image.file_bytes
 
     def discard(self, effect_digest: str) -> None:
         """Removes an effect's images of every variant that was met; `keep_only` finds others."""
@@ -92,9 +133,7 @@ class ImageShelf:
             for variant in variants:
                 self._images.pop((effect, variant), None)
         for variant in variants:
-            path, sidecar = self._paths(effect, variant)
-            remove(sidecar)
-            remove(path)
+            self._remove_files(effect, variant)
 
     def keep_only(self, effect_digests: set[str]) -> None:
         """Removes every image of an effect that is not among these, and every stray file."""
@@ -126,6 +165,21 @@ class ImageShelf:
         if image.is_whole:
             self._images[effect, variant] = image
             self._variants.add(variant)
+
+    def _touch(self, key: tuple[str, str], image: StoredImage) -> None:
+        now_s = time.time()
+        if now_s - self._touched_s.get(key, 0.0) < _TOUCH_EVERY_S:
+            return
+        self._touched_s[key] = now_s
+        with contextlib.suppress(OSError):  # a store that is read only, or an image that has just gone
+            os.utime(image.path)
+
+    def _remove_files(self, effect: str, variant: str) -> None:
+        """The sidecar first: without it the image does not count."""
+        path, sidecar = self._paths(effect, variant)
+        self._touched_s.pop((effect, variant), None)
+        remove(sidecar)
+        remove(path)
 
     def _paths(self, effect: str, variant: str) -> tuple[Path, Path]:
         stem = f"{effect}-{variant}"

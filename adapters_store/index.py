@@ -181,6 +181,17 @@ class Index:
         """Names with a visible version of one of these effects."""
         return {name for effect in effects for name in self._names_by_effect.get(effect, ())}
 
+    def users_of(self, effect: str) -> tuple[list[str], bool]:
+        """Every version with this effect, deleted ones that are still held too; and whether one of them is pinned."""
+        users = [str(version) for version in self.hidden() if version.content.effect_digest == effect]
+        is_pinned = False
+        for name in self.names_using((effect,)):
+            record = self.record(name)
+            mine = [version for version in record.versions if version.content.effect_digest == effect]
+            users += [str(version) for version in mine]
+            is_pinned = is_pinned or any(record.attributes.is_pinned(version.version) for version in mine)
+        return sorted(users), is_pinned
+
     @property
     def num_adapters(self) -> int:
         return len(self._names)

@@ -18,7 +18,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from adapters_store.errors import StoreBusy, StoreUnusable
@@ -81,12 +81,20 @@ class StoreLocks:
     @contextlib.contextmanager
     def tried(self, key: str) -> Iterator[bool]:
         """Whether nobody, this catalogue included, uses `key`; if so nobody begins to until the block ends."""
+        with self.tried_all((key,)) as is_free:
+            yield is_free
+
+    @contextlib.contextmanager
+    def tried_all(self, keys: Iterable[str]) -> Iterator[bool]:
+        """As `tried`, for all of them together."""
+        wanted, taken = set(keys), set[str]()
         with self._trying:
-            is_free = self._try(self._tried, fcntl.F_WRLCK, key)
             try:
-                yield is_free
+                while taken != wanted and self._try(self._tried, fcntl.F_WRLCK, key := (wanted - taken).pop()):
+                    taken.add(key)
+                yield taken == wanted
             finally:
-                if is_free:
+                for key in taken:
                     self._set(self._tried, fcntl.F_UNLCK, key)
 
     def _try(self, descriptor: int, kind: int, key: str) -> bool:

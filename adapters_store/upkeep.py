@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from adapters_store.durable import remove
 from adapters_store.errors import AliasInUse, NotFound, PreconditionFailed
 from adapters_store.holdings import Holdings
+from adapters_store.image_sweep import sweep_images
 from adapters_store.record import AdapterRecord, AdapterVersion
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,10 @@ class Upkeep:
             held = len(index.hidden())
         return Collected(len(done), held, sum(done) + stray, stages)
 
+    def sweep_images(self, max_bytes: int) -> int:
+        """Keeps packed images within a bound, see `image_sweep.py`; bytes removed."""
+        return sweep_images(self._holdings, max_bytes)
+
     def tend(self) -> Collected:
         """All of the above, for every adapter."""
         self.expire()
@@ -140,9 +146,9 @@ class Upkeep:
     def _sweep(self, blobs: set[str], effects: set[str]) -> int:
         """Removes blobs and images that no version uses; bytes of blobs freed."""
         freed = 0
-        for path in list(self._layout.blobs.iterdir()):
-            if path.name not in blobs:
-                freed += path.stat().st_size
-                remove(path)
+        for name in os.listdir(self._layout.blobs):
+            if name not in blobs:
+                freed += self._layout.blob_size(name) or 0
+                remove(self._layout.blobs / name)
         self._holdings.shelf.keep_only(effects)
         return freed

@@ -8,7 +8,7 @@ take turns in one run on one engine:
     cold      and the same requests, each on an adapter that is on disk only, its file dropped from the page cache
 
 cold / calm is what the streams' users feel. cold / resident is what loading alone costs: serving more requests at all
-is in both. A cold request's wait is split into the phases of its load, as the engine tells them, and the steps after it;
+is in both. A cold request's wait is split into the phases of its load, as the engine tells them, and the steps after;
 there is no phase for decoding, since an image was checked and packed when its adapter was committed.
 """
 
