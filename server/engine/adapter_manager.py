@@ -228,7 +228,7 @@ class AdapterManager:
         """Take it off the device, or out of the host tier; False if it is not there.
 
         Raises:
-            AdapterBusy: running sequences use it, it is being loaded, or it is kept.
+            AdapterBusy: running sequences use it, it is being loaded, or it is kept. Unnamed: others may have other names.
         """
         if tier is Tier.HOST:
             return self.reader.drop(key)
@@ -236,11 +236,11 @@ class AdapterManager:
         if record is None:
             return False
         if record.state is AdapterState.LOADING:
-            raise AdapterBusy(f'adapter "{record.ticket.name}" is being loaded; evict it when that has ended')
+            raise AdapterBusy("it is being loaded; evict it when that has ended")
         if record.num_pins:
-            raise AdapterBusy(f'adapter "{record.ticket.name}" is used by {record.num_pins} running requests')
+            raise AdapterBusy(f"it is used by {record.num_pins} running requests")
         if key in self._kept.tickets:
-            raise AdapterBusy(f'adapter "{record.ticket.name}" is pinned; unpin it first')
+            raise AdapterBusy("it is pinned; unpin it first")
         self._device.evict(record, "asked")
         return True
 

@@ -121,7 +121,6 @@ class PoolReader:
         except Exception as error:  # whatever it is that breaks: others wait for this thread
             is_told = isinstance(error, AdapterError | OSError)
             reason = str(error) if is_told else f"{type(error).__name__}: {error}"
-            reason = f'adapter "{ticket.name}" could not be loaded: {reason}'
             self._done.append(ImageRead(ticket.key, None, reason, phases_s, is_for_host))
 
     def _read(
