@@ -122,13 +122,20 @@ class Settings(BaseModel):
         "Directory whose subdirectories (adapter_config.json inside) are registered at start by name. "
         "Default: the adapters of the built-in base, when that is served.",
     )
+    watch_adapters_dir_s: float = _setting(
+        10.0, "Adapters", "Seconds between looks at --adapters-dir for what was dropped into it; 0: at start only.", ge=0
+    )
+    keep_versions: int | None = _setting(
+        None, "Adapters", "Newest versions to keep of each adapter, besides pinned and aliased ones. Default: all.", gt=0
+    )
     store_dir: Path | None = _setting(
         None, "Adapters", "Where uploaded adapters are kept. Default: $XDG_DATA_HOME/veneer/store."
     )
     lora_modules: LoraModules = _setting(
         (),
         "Adapters",
-        'Adapter directories to register at start: NAME=PATH or {"name": ..., "path": ...}; several may follow.',
+        'Adapters to register at start: NAME=PATH or {"name": ..., "path": ...}, several may follow; a path is a '
+        "directory, or a source as org/repo@revision, s3://bucket/folder.",
         metavar="NAME=PATH",
     )
     adapter_roots: Paths = _setting(
@@ -300,13 +307,9 @@ class Settings(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _https_needs_both_files(self) -> Settings:
+    def _network_settings_fit(self) -> Settings:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("--ssl-keyfile and --ssl-certfile belong together; give both or neither")
-        return self
-
-    @model_validator(mode="after")
-    def _ports_differ(self) -> Settings:
         if self.admin_port is not None and self.admin_port == self.port:
             raise ValueError("--admin-port is --port; leave it out, or choose another port for the /admin routes")
         return self

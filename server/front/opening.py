@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import socket
 from pathlib import Path
@@ -19,13 +20,19 @@ from server.front.errors import CannotStart
 from server.front.tokenizer import require_tokenizer
 from server.front.warm_start import WarmStart
 from server.library.directory import AdapterDirectory, find_directories
+from server.library.errors import LibraryError, SourceInvalid
 from server.library.library import Library
 from server.library.probe import Probe
 from server.library.sources.policy import SourcePolicy
+from server.library.sources.puller import Puller
+from server.library.sources.reference import Scheme, parse_source
 from server.loader.client import LoaderClient
 from server.loader.errors import LoaderError
 from server.loader.job import PackingTarget
+from server.setting_values import LoraModule
 from server.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def model_of(settings: Settings) -> str:
@@ -120,10 +127,11 @@ async def warm_up(engine: EngineClient, library: Library, on_event: OnEvent) -> 
     return warm
 
 
-async def register_adapters(library: Library, settings: Settings, on_event: OnEvent) -> None:
+async def register_adapters(library: Library, puller: Puller, settings: Settings, on_event: OnEvent) -> None:
     """Register what `adapters_dir` (by default what came with the built-in base) and `lora_modules` bring.
 
-    An adapter that cannot be registered stops nothing: it is logged, and a request for it is told the reason.
+    An adapter that cannot be registered stops nothing: it is logged, and a request for it is told the reason. One that
+    cannot be fetched is as it was in the store.
 
     Raises:
         NotADirectory: `adapters_dir` is none, or is an adapter itself.
@@ -138,5 +146,25 @@ async def register_adapters(library: Library, settings: Settings, on_event: OnEv
     if adapters_dir is not None:
         await library.discover(adapters_dir, tell)
     for module in settings.lora_modules:
+        if _is_fetched(module.path):
+            await _fetch(puller, module)
+            continue
         with contextlib.suppress(StoreError, LoaderError, OSError):  # the library logs and remembers it
             await library.register(AdapterDirectory(module.name, Path(module.path)))
+
+
+def _is_fetched(path: str) -> bool:
+    """Whether a module's path is a source elsewhere. A directory of this machine may look like an id of the Hub."""
+    if Path(path).is_dir():
+        return False
+    try:
+        return parse_source(path).scheme is not Scheme.LOCAL
+    except SourceInvalid:
+        return False
+
+
+async def _fetch(puller: Puller, module: LoraModule) -> None:
+    try:
+        await puller.pull(module.path, module.name)
+    except (LibraryError, StoreError, LoaderError) as error:
+        log.warning("adapter %r cannot be fetched from %s: %s", module.name, module.path, error)

@@ -32,6 +32,7 @@ def fetching(model: ServedModel, hub: LoopbackHub, tmp_path_factory: pytest.Temp
     root = tmp_path_factory.mktemp("fetching")
     flags = ["--hub-endpoint", hub.url, "--adapter-auto-load", "org/*", "--adapter-roots", str(model.adapters)]
     arguments = [str(model.base), "--store-dir", str(root / "store"), "--pool-bytes", "64M", *flags]
+    arguments += ["--lora-modules", "started=hf://org/sql", "gone=org/nothing"]
     with RunningServer(root, arguments, HF_TOKEN="", HF_HUB_OFFLINE="", HF_HOME=str(root)) as running:
         yield running
 
@@ -58,6 +59,12 @@ def test_and_no_other(fetching: RunningServer) -> None:
     for name in ("other/guest", "org/nothing", "org/private"):
         answer = generate(fetching, name)
         assert (answer.status_code, answer.json()["error_type"]) == (404, "adapter_not_found")
+
+
+def test_a_module_may_be_a_source(fetching: RunningServer) -> None:
+    version = httpx.get(fetching.url + ADMIN + "/started/versions/1").json()
+    assert version["source"] == {"uri": "hf://org/sql", "revision": "5" * 40}
+    assert "adapter 'gone' cannot be fetched from org/nothing" in fetching.output
 
 
 def test_an_order_by_path_and_by_hub_give_the_same_content(fetching: RunningServer, model: ServedModel) -> None:
