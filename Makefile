@@ -24,6 +24,9 @@ SETUP_DEV ?= $(SETUP:$(VENV)/.installed=$(VENV)/.installed-dev)
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
+# Two files of tests at a time on two cores, each with one thread for its arithmetic.
+PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+
 # Runs a command, says how long it took, and keeps its exit status.
 define timed
 	@start=$$SECONDS; $(1); status=$$?; \
@@ -42,10 +45,10 @@ demo: $(SETUP) ## a guided tour: one base, several adapters, hot swap while stre
 	@$(PY) -m server demo
 
 test: $(SETUP_DEV) ## the tests that fit in some minutes on two cores
-	$(call timed,$(PY) -m pytest $(ARGS))
+	$(call timed,$(PARALLEL) $(ARGS))
 
 test-all: $(SETUP_DEV) ## every test that needs no GPU, slow ones too
-	$(call timed,$(PY) -m pytest -m "not gpu" $(ARGS))
+	$(call timed,$(PARALLEL) -m "not gpu" $(ARGS))
 
 test-gpu: $(SETUP_DEV) ## the tests that need a CUDA device
 	$(call timed,$(PY) -m pytest -m gpu $(ARGS))
