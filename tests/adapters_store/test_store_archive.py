@@ -6,6 +6,7 @@ import io
 import shutil
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,6 +147,26 @@ def test_the_disk_is_looked_at_while_an_archive_of_unknown_size_comes(
         with pytest.raises(DiskFull):
             write_pieces(archive, 3 * [2**15])
         archive.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        zipped(sound_tar() + bytes(8 * 2**20)),
+        zipped(sound_tar(TarEntry("tokenizer.model", bytes(8 * 2**20)))),
+        sound_zip(ZipEntry("tokenizer.model", bytes(8 * 2**20))),
+        sound_tar(TarEntry("pax", b"", b"x", size=b"07777777777\0")),
+        zipped(tar(TarEntry("pax", b"", b"x", size=b"07777777777\0"), end=bytes(8 * 2**20))),
+    ],
+)
+def test_a_bomb_never_gets_much_memory(tmp_path: Path, body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(UploadRefused):
+            Unpacked(tmp_path, body)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def write_pieces(archive: ArchiveSink, sizes: list[int]) -> None:
