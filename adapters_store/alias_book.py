@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Iterator
 
 from adapters_store.alias import Alias, Weights, check_weights
-from adapters_store.durable import make_directory, raise_if_full, remove, write_json
+from adapters_store.durable import make_directory, raise_if_full, remove, sync_directory, write_json
 from adapters_store.errors import AdapterNotFound, AliasNotFound, NothingToRollBack, VersionNotFound
 from adapters_store.holdings import Holdings, now
 from adapters_store.names import check_alias
@@ -53,7 +53,9 @@ class AliasBook:
         with self._changing(name, expect) as record:
             _require_alias(record, alias)
             with self._holdings.announced(name):
-                remove(self._holdings.layout.alias_path(name, alias))
+                path = self._holdings.layout.alias_path(name, alias)
+                remove(path)
+                sync_directory(path.parent)  # or it would be back when the power was
 
     def roll_back(self, name: str, alias: str = "default", *, expect: Expectation | None = None) -> Alias:
         """Gives an alias its newest earlier meaning whose versions are all still there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from adapters_store.errors import InvalidAttribute, StoreDamaged
@@ -67,4 +68,14 @@ def check_attributes(attributes: Attributes) -> Attributes:
         raise InvalidAttribute(f"a description has at most {_MAX_DESCRIPTION_LENGTH} characters.")
     if attributes.keep_versions is not None and attributes.keep_versions < 1:
         raise InvalidAttribute(f"keep_versions is {attributes.keep_versions}; it is at least 1.")
+    if attributes.expires_at is not None and not _is_moment(attributes.expires_at):
+        raise InvalidAttribute(f"expires_at is {attributes.expires_at[:40]!r}; it is like 2030-01-31T12:00:00Z.")
     return attributes
+
+
+def _is_moment(text: str) -> bool:
+    """Whether it is a date with a time and an offset from UTC."""
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False

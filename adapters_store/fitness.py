@@ -26,9 +26,8 @@ def _incompatible_reason(version: AdapterVersion, base_fingerprint: str) -> str:
 
 def _find_damage(layout: Layout, version: AdapterVersion) -> str | None:
     for file in version.files:
-        try:
-            size = layout.blob_path(file.sha256).stat().st_size
-        except OSError:
+        size = layout.blob_size(file.sha256)
+        if size is None:
             return f"the bytes of {file.path} are gone from the store. Upload the adapter again."
         if size != file.size:
             return f"{file.path} has {size} bytes in the store instead of {file.size}. Upload the adapter again."

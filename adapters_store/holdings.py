@@ -11,6 +11,7 @@ first settles that name. So does every change with its own name, before it looks
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import uuid
@@ -174,8 +175,14 @@ class Holdings:
     def _read_all(self) -> None:
         self._journal.jump()
         names = self.layout.names()
-        for name in names:
-            self._read(name)
+        is_collecting = gc.isenabled()
+        gc.disable()  # all that is read stays; to look for garbage among it takes as long as reading it
+        try:
+            for name in names:
+                self._read(name)
+        finally:
+            if is_collecting:
+                gc.enable()
         self._index.clear_unlisted(names)
 
     def _read(self, name: str) -> None:

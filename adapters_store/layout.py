@@ -43,6 +43,16 @@ class Layout:
             StoreUnusable: it cannot be made, read or written.
         """
         self.root = root
+        self.locks = root / _LOCKS
+        self.versions = root / "versions"
+        self.aliases = root / "aliases"
+        self.attributes = root / "attributes"
+        self.tombstones = root / "tombstones"
+        self.small_files = (self.versions, self.aliases, self.attributes, self.tombstones)  # what was committed
+        self.changes = root / "changes"
+        self.blobs = root / "blobs" / "sha256"
+        self.images = root / "images"
+        self.staging = root / "staging"
         try:
             self._lock = _enter(root)
         except OSError as error:
@@ -50,7 +60,7 @@ class Layout:
                 f"{root} cannot be used as an adapter store: {error.strerror}. Choose a directory that can be written."
             ) from error
         try:
-            settle_schema(root, root / _LOCKS)
+            settle_schema(root, self.locks)
             for path in (*self.small_files, self.changes, self.blobs, self.images, self.staging):
                 make_directory(path)
         except BaseException:
@@ -67,52 +77,11 @@ class Layout:
     def is_open(self) -> bool:
         return self._lock >= 0
 
-    @property
-    def locks(self) -> Path:
-        return self.root / _LOCKS
-
-    @property
-    def versions(self) -> Path:
-        return self.root / "versions"
-
-    @property
-    def aliases(self) -> Path:
-        return self.root / "aliases"
-
-    @property
-    def attributes(self) -> Path:
-        return self.root / "attributes"
-
-    @property
-    def tombstones(self) -> Path:
-        return self.root / "tombstones"
-
-    @property
-    def small_files(self) -> tuple[Path, ...]:
-        """The directories that hold what was committed, but for the bytes."""
-        return self.versions, self.aliases, self.attributes, self.tombstones
-
-    @property
-    def changes(self) -> Path:
-        return self.root / "changes"
-
-    @property
-    def blobs(self) -> Path:
-        return self.root / "blobs" / "sha256"
-
-    @property
-    def images(self) -> Path:
-        return self.root / "images"
-
-    @property
-    def staging(self) -> Path:
-        return self.root / "staging"
-
     def version_path(self, name: str, version: int) -> Path:
-        return self.versions / _encode(name) / f"{version}.json"
+        return self.versions / f"{_encode(name)}/{version}.json"
 
     def alias_path(self, name: str, alias: str) -> Path:
-        return self.aliases / _encode(name) / f"{alias}.json"
+        return self.aliases / f"{_encode(name)}/{alias}.json"
 
     def attributes_path(self, name: str) -> Path:
         return self.attributes / f"{_encode(name)}.json"
@@ -123,6 +92,13 @@ class Layout:
     def blob_path(self, sha256: str) -> Path:
         return self.blobs / sha256
 
+    def blob_size(self, sha256: str) -> int | None:
+        """Bytes of a blob; None where it is missing."""
+        try:
+            return os.stat(f"{self.blobs}/{sha256}").st_size
+        except OSError:
+            return None
+
     def names(self) -> list[str]:
         """Every name of which anything is written, sorted."""
         found = {entry for parent in (self.versions, self.aliases) for entry in os.listdir(parent)}
@@ -132,10 +108,10 @@ class Layout:
 
     def version_numbers(self, name: str) -> list[int]:
         """Numbers of the version files of a name."""
-        return [int(stem) for stem in _stems(self.versions / _encode(name)) if stem.isdecimal()]
+        return [int(stem) for stem in _stems(f"{self.versions}/{_encode(name)}") if stem.isdecimal()]
 
     def alias_names(self, name: str) -> list[str]:
-        return _stems(self.aliases / _encode(name))
+        return _stems(f"{self.aliases}/{_encode(name)}")
 
     def read_tombstone(self, name: str) -> frozenset[int]:
         """Numbers that are gone. Raises StoreDamaged."""
@@ -158,7 +134,7 @@ def check_store(root: Path) -> None:
     Layout(root).close()
 
 
-def _stems(directory: Path) -> list[str]:
+def _stems(directory: Path | str) -> list[str]:
     """Names of the JSON files in a directory, without their suffix; of a missing one, none."""
     with contextlib.suppress(FileNotFoundError):
         return [entry[:-5] for entry in os.listdir(directory) if entry.endswith(".json")]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,12 @@ def state_of(store: Path) -> State:
     assert list((store / "staging").iterdir()) == []
     assert not list(store.rglob("*.tmp"))
     state = {
-        record.name: ([version.version for version in record.versions], dict(record.aliases)) for record in records
+        record.name: (
+            [version.version for version in record.versions],
+            {alias: route.weights for alias, route in record.routes.items()},
+            record.attributes,
+        )
+        for record in records
     }
     catalog.close()
     return state
@@ -56,7 +62,7 @@ def state_of(store: Path) -> State:
 
 class Run(NamedTuple):
     exit_status: int
-    num_changes: int  # -1: it died
+    changes: tuple[str, ...]  # none where it died
 
 
 def run(scenario: str, jobs: list[tuple[Path, int, str]]) -> list[Run]:
@@ -72,7 +78,8 @@ def run(scenario: str, jobs: list[tuple[Path, int, str]]) -> list[Run]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [Run(*(int(number) for number in line.split())) for line in done.stdout.splitlines()]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return [Run(int(status), () if told == "-" else tuple(told.split(","))) for status, told in lines]
 
 
 @pytest.mark.parametrize("scenario", sorted(crash_script.SCENARIOS))
@@ -88,7 +95,7 @@ def test_a_crash_anywhere_leaves_the_state_before_or_after(tmp_path: Path, scena
     assert after != before
     jobs = [
         (tmp_path / f"{point}-{side}", point, side)
-        for point in range(1, alive.num_changes + 1)
+        for point in range(1, len(alive.changes) + 1)
         for side in ("BEFORE", "AFTER")
     ]
     for store, _, _ in jobs:
@@ -103,6 +110,8 @@ def test_a_crash_anywhere_leaves_the_state_before_or_after(tmp_path: Path, scena
     assert before in seen
     assert after in seen
     first_after = seen.index(after)
+    print(f"\n{scenario}: {len(jobs)} kills, the change counts from the {first_after + 1}. on;", end=" ")
+    print(", ".join(f"{number} x {name}" for name, number in Counter(alive.changes).items()))
     assert all(state == after for state in seen[first_after:]), "a committed change came undone"
 
 
@@ -182,5 +191,5 @@ def test_a_full_disk_anywhere_in_a_commit_changes_nothing_that_is_seen(
 def test_a_killed_process_lets_go_of_the_store(tmp_path: Path) -> None:
     store = tmp_path / "store"
     prepare(store)
-    assert run("upload", [(store, 1, "BEFORE")]) == [Run(9, -1)]
+    assert run("upload", [(store, 1, "BEFORE")]) == [Run(9, ())]
     Catalog(store, BASE).close()

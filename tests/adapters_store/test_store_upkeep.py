@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from adapters_store.attributes import Attributes
+from adapters_store.catalog import Catalog
+from adapters_store.errors import AdapterNotFound, InvalidAttribute
+from adapters_store.names import parse_reference
+from tests.adapters_store.store_samples import BASE, commit
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def numbers(catalog: Catalog) -> list[int]:
+    return [version.version for version in catalog.record("sql").versions]
+
+
+def expire_at(catalog: Catalog, name: str, moment: datetime | None) -> None:
+    text = None if moment is None else moment.isoformat()
+    catalog.amend(name, lambda said: replace(said, expires_at=text))
+
+
+def test_what_is_said_of_an_adapter_is_kept_and_dies_with_it(catalog: Catalog, store: Path) -> None:
+    commit(catalog, "sql", 1)
+    said = Attributes({"team": "bi"}, "asks for SQL", True, frozenset({1}), NOW.isoformat(), 3)
+    before = catalog.record("sql").etag
+    assert catalog.amend("sql", lambda _: said).attributes == said
+    assert catalog.record("sql").etag != before
+    catalog.close()
+    again = Catalog(store, BASE)
+    assert again.record("sql").attributes == said
+    again.delete("sql")
+    commit(again, "sql", 1)
+    assert again.record("sql").attributes == Attributes()
+    with pytest.raises(AdapterNotFound):
+        again.amend("nope", lambda _: said)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Attributes({"": "x"}),
+        Attributes({"a b": "x"}),
+        Attributes({"a": "line\nbreak"}),
+        Attributes({"a": "x" * 257}),
+        Attributes({f"k{number}": "" for number in range(65)}),
+        Attributes(description="x" * 5000),
+        Attributes(keep_versions=0),
+        Attributes(expires_at="tomorrow"),
+        Attributes(expires_at="2030-01-01T00:00:00"),
+    ],
+)
+def test_attributes_outside_the_rules_are_refused(catalog: Catalog, said: Attributes) -> None:
+    commit(catalog, "sql", 1)
+    with pytest.raises(InvalidAttribute):
+        catalog.amend("sql", lambda _: said)
+    assert catalog.record("sql").attributes == Attributes()
+
+
+def test_the_newest_versions_are_kept_and_those_that_something_points_to(store: Path) -> None:
+    catalog = Catalog(store, BASE, keep_versions=2)
+    commit(catalog, "sql", 1)
+    catalog.aliases.set("sql", "prod", 1)
+    commit(catalog, "sql", 2)
+    catalog.amend("sql", lambda said: replace(said, pinned_versions=frozenset({2})))
+    for fill in range(3, 7):
+        commit(catalog, "sql", fill)
+    assert numbers(catalog) == [1, 2, 5, 6]
+    catalog.amend("sql", lambda said: replace(said, keep_versions=1, pinned_versions=frozenset()))
+    catalog.upkeep.tend()
+    assert numbers(catalog) == [1, 6]
+    catalog.close()
+
+
+def test_without_retention_everything_stays(catalog: Catalog) -> None:
+    for fill in range(5):
+        commit(catalog, "sql", fill)
+    catalog.upkeep.tend()
+    assert numbers(catalog) == [1, 2, 3, 4, 5]
+    catalog.amend("sql", lambda said: replace(said, pinned=True, keep_versions=1))
+    catalog.upkeep.tend()
+    assert numbers(catalog) == [1, 2, 3, 4, 5]
+
+
+def test_retention_does_not_take_bytes_from_those_who_use_them(store: Path) -> None:
+    catalog = Catalog(store, BASE, keep_versions=1)
+    commit(catalog, "sql", 1)
+    with catalog.lease(parse_reference("sql")) as lease:
+        commit(catalog, "sql", 2)
+        assert numbers(catalog) == [2]
+        paths = catalog.files_of(lease.version)
+        assert all(path.exists() for path in paths.values())
+    assert not paths["adapter_model.safetensors"].exists()
+    catalog.close()
+
+
+def test_an_adapter_goes_when_its_time_has_come(catalog: Catalog) -> None:
+    for name in ("early", "late", "pinned", "plain"):
+        commit(catalog, name, 1)
+    expire_at(catalog, "early", NOW - timedelta(seconds=1))
+    expire_at(catalog, "late", NOW + timedelta(seconds=1))
+    expire_at(catalog, "pinned", NOW - timedelta(seconds=1))
+    catalog.amend("pinned", lambda said: replace(said, pinned=True))
+    assert [version.name for version in catalog.upkeep.expire(NOW)] == ["early"]
+    assert [record.name for record in catalog.page().records] == ["late", "pinned", "plain"]
+    expire_at(catalog, "late", None)
+    assert catalog.upkeep.expire(NOW + timedelta(days=9999)) == []
+
+
+def test_the_time_of_a_deleted_adapter_does_not_come_for_its_successor(catalog: Catalog, store: Path) -> None:
+    """As if a process had died between a deletion's tombstone and the removal of what was said of the adapter."""
+    commit(catalog, "sql", 1)
+    expire_at(catalog, "sql", NOW)
+    left = (store / "attributes" / "sql.json").read_bytes()
+    catalog.delete("sql")
+    catalog.close()
+    (store / "attributes" / "sql.json").write_bytes(left)
+    again = Catalog(store, BASE)
+    commit(again, "sql", 2)
+    assert again.upkeep.expire(NOW + timedelta(days=1)) == []
+    again.close()
+
+
+def test_stray_files_and_dead_uploads_are_swept_and_live_ones_are_not(catalog: Catalog, store: Path) -> None:
+    commit(catalog, "sql", 1)
+    stray = store / "blobs" / "sha256" / ("0" * 64)
+    stray.write_bytes(b"12345")
+    (store / "staging" / "dead-1").mkdir()
+    (store / "versions" / "sql" / "9.json.tmp").write_text("{")
+    stage = catalog.stage()
+    stage.add_file("adapter_config.json", [b"{}"])
+    done = catalog.upkeep.tend()
+    assert (done.versions, done.held, done.freed_bytes, done.stages) == (0, 0, 5, 1)
+    assert not stray.exists()
+    assert not list(store.rglob("*.tmp"))
+    assert stage.path_of("adapter_config.json").exists()
+    stage.close()
+    assert catalog.upkeep.tend() == (0, 0, 0, 0)
