@@ -123,10 +123,16 @@ class Settings(BaseModel):
         "Default: the adapters of the built-in base, when that is served.",
     )
     watch_adapters_dir_s: float = _setting(
-        10.0, "Adapters", "Seconds between looks at --adapters-dir for what was dropped into it; 0: at start only.", ge=0
+        10.0,
+        "Adapters",
+        "Seconds between looks at --adapters-dir for what was dropped into it; 0: none.",
+        ge=0,
     )
     keep_versions: int | None = _setting(
-        None, "Adapters", "Newest versions to keep of each adapter, besides pinned and aliased ones. Default: all.", gt=0
+        None,
+        "Adapters",
+        "Newest versions to keep of an adapter, besides pinned and aliased ones. Default: all.",
+        gt=0,
     )
     store_dir: Path | None = _setting(
         None, "Adapters", "Where uploaded adapters are kept. Default: $XDG_DATA_HOME/veneer/store."
@@ -206,6 +212,14 @@ class Settings(BaseModel):
         "Adapters",
         "Open vLLM's routes /v1/load_lora_adapter and /v1/unload_lora_adapter, behind the admin key where there is "
         "one. $VLLM_ALLOW_RUNTIME_LORA_UPDATING says the same.",
+    )
+    image_cache_bytes: Size = _setting(
+        64 * 2**30,
+        "Adapters",
+        "Most that packed images in the store may take on disk; those unused longest go first, and are packed again "
+        "when needed.",
+        gt=0,
+        metavar="SIZE",
     )
     max_upload_bytes: Size = _setting(
         2 * 2**30, "Adapters", "Largest upload of one adapter version, all files together.", gt=0, metavar="SIZE"

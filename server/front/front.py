@@ -29,6 +29,7 @@ from server.engine.request import EngineRequest, SamplingParams
 from server.front import opening
 from server.front.errors import CannotStart, EngineGone, InvalidRequest, Overloaded, PromptTooLong
 from server.front.generation import AdapterLease, Generation
+from server.front.image_care import ImageCare
 from server.front.sequence_text import SequenceText
 from server.front.text import TextDelta, TextRequest
 from server.front.tokenizer import TextTokenizer
@@ -94,13 +95,17 @@ class Front:
             loader = await LoaderClient.launch()  # it imports what it needs while the base is loaded
             started.push_async_callback(loader.close)
             tokenizer = asyncio.create_task(TextTokenizer.load(opening.model_of(settings), settings.revision))
+            care = ImageCare(on_event)
             try:
-                engine = await EngineClient.start(opening.engine_config(settings), on_event=on_event, launch=launch)
+                config = opening.engine_config(settings)
+                engine = await EngineClient.start(config, on_event=care.on_event, launch=launch)
                 started.push_async_callback(engine.close)
                 library = await opening.open_library(settings, engine, loader)
                 started.push_async_callback(library.close)
                 puller = Puller(library, opening.source_policy(settings))
                 await opening.register_adapters(library, puller, settings, on_event)
+                started.push_async_callback(care.close)
+                care.start(engine, library, settings.image_cache_bytes)
                 warm = await opening.warm_up(engine, library, on_event)
                 resolver = AutoLoader(library, puller)
                 started.push_async_callback(resolver.close)

@@ -47,6 +47,24 @@ async def here(front: Front) -> set[str]:
     return {one.name for one in await front.engine.residency() if one.state == "device"}
 
 
+async def a_damaged_image_is_made_anew(front: Front) -> None:
+    """Who meets the damage is told; whoever comes later meets a whole image."""
+    with await front.library.resolve("sql@1") as lease:
+        image = open(lease.ticket.image_path, "r+b", buffering=0)  # noqa: ASYNC230, SIM115 -- nothing else runs
+        await front.engine.evict(lease.ticket.key)
+        image.seek(-1, os.SEEK_END)
+        last = image.read(1)
+        image.seek(-1, os.SEEK_END)
+        image.write(bytes([last[0] ^ 1]))
+        image.close()
+        with pytest.raises(AdapterLoadFailed, match="checksum"):
+            await front.engine.load(lease.ticket)
+        while True:
+            await asyncio.sleep(0.05)
+            if await here(front) == {"sql@1"}:
+                break
+
+
 def test_what_was_on_the_device_is_there_again_before_ready(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +90,7 @@ def test_what_was_on_the_device_is_there_again_before_ready(
                 await asyncio.sleep(0.05)
                 if front.engine.num_restarts and front.engine.state == "ready" and await here(front) == {"sql@1"}:
                     break
+            await a_damaged_image_is_made_anew(front)
         finally:
             await front.close()
 
