@@ -17,6 +17,7 @@ from server.keys import revoke_key
 from server.settings import Settings
 from tests.api.conftest import Door, Visit
 from tests.api.keyed import make_keys, of, read, write
+from tests.api.test_auth import PUBLIC
 from tests.api.test_metrics_route import scrape
 
 SEEN, HIDDEN, NEVER = "sql", "pirate", "nobody"
@@ -60,6 +61,12 @@ def test_what_is_out_of_scope_answers_as_what_never_was(visit: Visit, keys: Path
                 answers.append((answer.status_code, answer.text.replace(name, "NAME")))
             parts = door.parts(name)
             answers.append(await answer_about(door, name, "POST", "/admin/v1/adapters", "owner", files=parts))
+            for path, order in (
+                ("/admin/v1/adapters", {"name": name, "source": {"uri": "org/sql-lora"}}),
+                ("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "org/sql-lora"}),
+                ("/v1/unload_lora_adapter", {"lora_name": name}),
+            ):
+                answers.append(await answer_about(door, name, "POST", path, "owner", json=order))
             for path in ("", "/versions", "/versions/1"):
                 answers.append(await answer_about(door, name, "GET", "/admin/v1/adapters/{name}" + path, "bi"))
                 answers.append(await answer_about(door, name, "DELETE", "/admin/v1/adapters/{name}" + path, "owner"))
@@ -76,7 +83,7 @@ def test_what_is_out_of_scope_answers_as_what_never_was(visit: Visit, keys: Path
         still_there = await door.client.get(f"/admin/v1/adapters/{HIDDEN}", headers=of("root"))
         assert still_there.json()["latest_version"] == 1
 
-    visit(test, keys_file=keys)
+    visit(test, keys_file=keys, allow_runtime_lora_updating=True)
 
 
 def test_no_name_out_of_scope_is_suggested_listed_counted_or_a_label(visit: Visit, keys: Path) -> None:
@@ -180,13 +187,13 @@ def test_scopes_say_what_a_key_may_do(visit: Visit, keys: Path) -> None:
     visit(test, keys_file=keys)
 
 
-def test_every_admin_route_is_by_name_or_keeps_to_scope_or_is_closed_to_bound_keys(visit: Visit, keys: Path) -> None:
+def test_every_route_is_by_name_or_keeps_to_scope_or_is_closed_to_bound_keys(visit: Visit, keys: Path) -> None:
     async def test(door: Door) -> None:
         await fill(door)
         paths = {(method, path) for path, item in door.app.openapi()["paths"].items() for method in item}
         open_to_bound_keys = set()
         for method, path in sorted(paths):
-            if not path.startswith("/admin") or "{name}" in path:
+            if path in (*PUBLIC, "/", "/generate", "/generate_stream") or "{name}" in path:
                 continue
             answer = await door.client.request(method, re.sub(r"\{\w+\}", "1", path), headers=of("owner"))
             if answer.status_code != 403:
@@ -206,6 +213,8 @@ KNOWN_TO_KEEP_TO_SCOPE = {
     ("get", "/admin/v1/operations/{operation_id}"),
     ("get", "/admin/v1/operations/{operation_id}/events"),
     ("delete", "/admin/v1/operations/{operation_id}"),
+    ("post", "/v1/load_lora_adapter"),
+    ("post", "/v1/unload_lora_adapter"),
 }
 
 
