@@ -6,11 +6,12 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from adapters_store.errors import DigestMismatch, FileRefused, TooLarge
+from adapters_store.errors import DigestMismatch, DiskFull, FileRefused, TooLarge
 from server.library.errors import SourceDenied, SourceError, SourceNotFound, SourceUnavailable
 from server.library.sources.policy import SourcePolicy
 from tests.library.loopback_hub import LoopbackHub, Repo
@@ -128,6 +129,19 @@ def test_what_is_too_large_is_refused_before_a_byte_of_it_is_fetched(tmp_path: P
         assert place.is_untouched()
 
     visit(tmp_path, LoopbackHub({"org/sql": Repo(adapter_files(num_bytes=MAX_BYTES + 1))}), test)
+
+
+def test_a_disk_that_cannot_hold_it_is_told_before_a_byte_of_it_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(place: Place, hub: LoopbackHub) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=BIG // 2))
+        with pytest.raises(DiskFull):
+            await place.puller.pull("org/sql", "sql")
+        assert not [asked for asked in hub.asked if "/resolve/" in asked.path]
+        assert place.is_untouched()
+
+    visit(tmp_path, LoopbackHub({"org/sql": Repo(adapter_files(num_bytes=BIG))}), test)
 
 
 @pytest.mark.parametrize("ignores_ranges", [False, True])

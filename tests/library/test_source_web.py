@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import ipaddress
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adapters_store.errors import TooLarge
+from adapters_store.errors import MalformedArchive, TooLarge, UnsafeArchive
 from server.library.errors import SourceDenied, SourceError, SourceForbidden, SourceNotFound, SourceUnavailable
 from server.library.sources.addresses import find_addresses, is_public
 from server.library.sources.policy import SourcePolicy
@@ -58,6 +61,22 @@ def pull(tmp_path: Path, uri: str, policy: SourcePolicy = OPEN, token: str | Non
     return asyncio.run(inside())
 
 
+def packed(name: str, files: dict[str, bytes]) -> bytes:
+    """An archive of the kind that its name says."""
+    buffer = io.BytesIO()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for path, content in files.items():
+                archive.writestr(path, content)
+        return buffer.getvalue()
+    with tarfile.open(fileobj=buffer, mode="w:gz" if name.endswith("gz") else "w") as archive_of_tape:
+        for path, content in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(content)
+            archive_of_tape.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 def answer_of(*addresses: str) -> list[Any]:
     return [(2, 1, 6, "", (address, 443)) for address in addresses]
 
@@ -69,6 +88,23 @@ def test_a_folder_of_a_web_server(tmp_path: Path, web: LoopbackWeb) -> None:
     assert version.source.uri == f"https://localhost:{web.port}/sql/"
     assert version.source.stamp[KEPT[0]] == [version.files[0].size, '"one"']
     assert {token for _, _, token in web.asked} == {None}
+
+
+@pytest.mark.parametrize("kind", ["sql.tgz", "sql.tar", "sql.zip"])
+def test_an_archive_of_a_web_server(tmp_path: Path, web: LoopbackWeb, kind: str) -> None:
+    web.files[f"/{kind}"] = packed(kind, {f"sql/{name}": adapter_files()[name] for name in KEPT})
+    version = pull(tmp_path, f"https://localhost:{web.port}/{kind}")
+    assert [file.path for file in version.files] == KEPT
+    assert version.source.uri == f"https://localhost:{web.port}/{kind}"
+    assert len(web.asked) == 2
+
+
+def test_an_archive_that_climbs_or_is_none_leaves_nothing(tmp_path: Path, web: LoopbackWeb) -> None:
+    web.files["/up.tar"] = packed("up.tar", {"../adapter_config.json": b"{}"})
+    web.files["/none.zip"] = b"nothing of the kind"
+    for name, kind in (("up.tar", UnsafeArchive), ("none.zip", MalformedArchive), ("gone.tgz", SourceNotFound)):
+        with pytest.raises(kind):
+            pull(tmp_path, f"https://localhost:{web.port}/{name}")
 
 
 def test_it_is_closed_unless_it_was_opened_for_the_host(tmp_path: Path, web: LoopbackWeb) -> None:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from adapters_store.archive import ArchiveSink, unpack
 from adapters_store.errors import StoreError, TooLarge
 from adapters_store.record import Source
 from adapters_store.staging import Stage
 from server.library.errors import SourceError, SourceUnavailable
-from server.library.sources.listing import AdapterSource
+from server.library.sources.listing import AdapterSource, SourceFile
 
 Phase = Literal["downloading", "validating"]
 Progress = Callable[[int, int | None, Phase], None]  # (bytes so far, bytes in all or None, phase)
@@ -96,19 +97,32 @@ class Download:
         source = self._open_source()
         listing = source.list_files()
         self._require_wanted()
-        sizes = [file.size for file in listing.files]
+        sizes = [file.size for file in (listing.files if listing.archive is None else (listing.archive,))]
         self._total = sum(size for size in sizes if size is not None) if None not in sizes else None
         self._require_room(sum(size or 0 for size in sizes))
         self._tell(force=True)
+        if listing.archive is not None:
+            self._take_archive(source, listing.archive)
         for file in listing.files:
             with self._stage.open_file(file.name, num_bytes=file.size, sha256=file.sha256) as sink:
-                for chunk in source.read(file):
-                    self._require_wanted()
-                    sink.write(chunk)
-                    self._num_bytes += len(chunk)
-                    self._tell()
+                self._copy(source, file, sink.write)
         self._tell(force=True)
         return Fetched(self._stage, listing.source)
+
+    def _take_archive(self, source: AdapterSource, file: SourceFile) -> None:
+        archive = ArchiveSink(self._stage, file.size or 0)
+        try:
+            self._copy(source, file, archive.write)
+            unpack(archive, self._stage)
+        finally:
+            archive.close()
+
+    def _copy(self, source: AdapterSource, file: SourceFile, write: Callable[[bytes], None]) -> None:
+        for chunk in source.read(file):
+            self._require_wanted()
+            write(chunk)
+            self._num_bytes += len(chunk)
+            self._tell()
 
     def _require_room(self, num_bytes: int) -> None:
         limit = self._stage.limits.max_total_bytes

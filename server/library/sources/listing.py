@@ -33,6 +33,7 @@ class SourceFile:
 class Listing:
     files: tuple[SourceFile, ...]
     source: Source  # what is recorded with the version
+    archive: SourceFile | None = None  # instead of files: a tar, gzipped tar or zip that holds them
 
 
 class AdapterSource(Protocol):

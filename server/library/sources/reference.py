@@ -6,6 +6,7 @@
     /adapters/sql, file:///...      a directory of the server's machine
     s3://bucket/folder, gs://       a folder of a bucket
     https://host/folder/            a folder of a web server
+    https://host/sql.tgz            an archive of one: .tar, .tar.gz, .tgz or .zip
 
 The text comes from a caller, so it is taken apart here, once, and everything that is no plain name is refused: what
 passes has no credentials, no climbing part, no control character, and no second scheme hidden inside.
@@ -30,7 +31,7 @@ _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f:
 _WEB_PATH = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@/%-]*", re.ASCII)
 _GRAMMAR = (
     "org/repo[@revision][#folder] or hf://org/repo for the Hub, an absolute path, file://, s3://bucket/folder, "
-    "gs://bucket/folder or https://host/folder/"
+    "gs://bucket/folder, https://host/folder/ or https://host/archive.tgz"
 )
 
 

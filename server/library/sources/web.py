@@ -1,6 +1,7 @@
-"""Folders of web servers, by https and only where the operator opened it.
+"""Folders and archives on web servers, by https and only where the operator opened it.
 
-A server of this kind lists nothing, so the names that an adapter's files can have are asked for one by one. Every
+A server of this kind lists nothing, so the names that an adapter's files can have are asked for one by one; an address
+that ends as an archive's name does is one file with all of them in it. Every
 connection is made to an address that was judged (see `addresses`), by us and through no proxy; a redirect is a new
 address to judge, and takes no token along.
 """
@@ -23,6 +24,7 @@ from server.library.sources.listing import CHUNK_BYTES, STALL_S, Listing, Source
 from server.library.sources.policy import SourcePolicy
 from server.library.sources.reference import Scheme, SourceReference, parse_source
 
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _ABSENT = (404, 410)
@@ -41,24 +43,28 @@ class WebSource:
         self, reference: SourceReference, policy: SourcePolicy, token: str | None = None, lookup: Resolve = resolve
     ) -> None:
         """Raises SourceForbidden where https:// is closed, or closed for this host."""
-        self._folder = reference.place if reference.place.endswith("/") else reference.place + "/"
+        self._is_archive = reference.place.lower().endswith(_ARCHIVES)
+        is_complete = self._is_archive or reference.place.endswith("/")
+        self._place = reference.place if is_complete else reference.place + "/"
         self._policy = policy
         self._token = token
         self._lookup = lookup
         self._tls = ssl.create_default_context()
         self._stamp: dict[str, list[object]] = {}
-        self._require_open(_host(self._folder))
+        self._require_open(_host(self._place))
 
     def list_files(self) -> Listing:
         """Raises SourceError, FileRefused."""
+        if self._is_archive:
+            return self._list_archive()
         found = []
         for name in dict.fromkeys(_NAMES):
-            answer = self._ask(name)
+            answer = self._ask(self._place + name)
             if answer is not None:
-                found.append(SourceFile(name, self._folder + name, answer.size))
+                found.append(SourceFile(name, self._place + name, answer.size))
                 self._stamp[name] = [answer.size, answer.tag]
-        files = choose_files(found, self._folder)
-        return Listing(files, Source(self._folder, None, {file.name: self._stamp[file.name] for file in files}))
+        files = choose_files(found, self._place)
+        return Listing(files, Source(self._place, None, {file.name: self._stamp[file.name] for file in files}))
 
     def read(self, file: SourceFile) -> Iterator[bytes]:
         """Raises SourceError; also where the file is not any more what was listed."""
@@ -75,8 +81,16 @@ class WebSource:
         if file.size is not None and num_read != file.size:
             raise SourceUnavailable(f"{num_read} of the {file.size} bytes of {file.key} came; try again.")
 
-    def _ask(self, name: str) -> Found | None:
-        url = self._folder + name
+    def _list_archive(self) -> Listing:
+        name = self._place.rpartition("/")[2]
+        answer = self._ask(self._place)
+        if answer is None:
+            raise SourceNotFound(f"there is nothing at {self._place}.")
+        self._stamp[name] = [answer.size, answer.tag]
+        archive = SourceFile(name, self._place, answer.size)
+        return Listing((), Source(self._place, None, dict(self._stamp)), archive)
+
+    def _ask(self, url: str) -> Found | None:
         with self._open("HEAD", url) as answer:
             if answer.status in _ABSENT:
                 return None
@@ -103,7 +117,7 @@ class WebSource:
                 url = target
             finally:
                 connection.close()
-        raise SourceUnavailable(f"{self._folder} redirects more than {_MAX_REDIRECTS} times.")
+        raise SourceUnavailable(f"{self._place} redirects more than {_MAX_REDIRECTS} times.")
 
     def _connect(self, url: str) -> http.client.HTTPSConnection:
         parts = urlsplit(url)
