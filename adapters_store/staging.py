@@ -110,7 +110,11 @@ class Stage:
         except OSError as error:
             raise_if_full(error)
             raise
-        self.require_space(0)
+        try:
+            self.require_space(0)
+        except DiskFull:
+            remove_tree(directory)
+            raise
 
     def __enter__(self) -> Stage:
         return self
