@@ -45,6 +45,9 @@ LAYERS = (
         "server/engine",
         ("server.api", "server.front", "server.library", "server.loader", "server.settings", "pydantic", *WEB),
     ),
+    # The Hub and buckets are met in one file each, and read by nobody who does not fetch from them.
+    Layer("server", ("huggingface_hub",), but_for=("server/library/sources/hub.py", "server/engine/base_model.py")),
+    Layer("server", ("fsspec",), but_for=("server/library/sources/bucket.py",)),
     Layer("server/library", ("server.api", "server.front", "server.engine", *WEB), doors=ENGINE_DOORS),
     Layer("server/loader", ("server.api", "server.front", "server.engine", *WEB)),
     Layer("server/front", ("server.api", "server.loader.worker", *WEB)),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,3 +73,12 @@ def test_whatever_passes_has_one_spelling_and_nothing_that_climbs(text: str) -> 
     assert "::" not in reference.place or reference.scheme in (Scheme.WEB, Scheme.LOCAL)
     again = parse_source(str(reference).replace("%", "%25") if reference.scheme is Scheme.LOCAL else str(reference))
     assert (again.scheme, again.place, again.folder) == (reference.scheme, reference.place, reference.folder)
+
+
+def test_libraries_of_sources_are_not_imported_before_they_are_needed() -> None:
+    code = (
+        "import sys, server.front.front, server.api.app;"
+        "print([name for name in ('huggingface_hub', 'fsspec', 's3fs', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
