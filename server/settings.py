@@ -123,16 +123,10 @@ class Settings(BaseModel):
         "Default: the adapters of the built-in base, when that is served.",
     )
     watch_adapters_dir_s: float = _setting(
-        10.0,
-        "Adapters",
-        "Seconds between looks at --adapters-dir for what was dropped into it; 0: none.",
-        ge=0,
+        10.0, "Adapters", "Seconds between looks at --adapters-dir for what was dropped into it; 0: none.", ge=0
     )
     keep_versions: int | None = _setting(
-        None,
-        "Adapters",
-        "Newest versions to keep of an adapter, besides pinned and aliased ones. Default: all.",
-        gt=0,
+        None, "Adapters", "Newest versions to keep of an adapter, besides pinned and aliased ones. Default: all.", gt=0
     )
     store_dir: Path | None = _setting(
         None, "Adapters", "Where uploaded adapters are kept. Default: $XDG_DATA_HOME/veneer/store."
@@ -208,10 +202,7 @@ class Settings(BaseModel):
         aliases=("--lora-dtype",),
     )
     allow_runtime_lora_updating: bool = _setting(
-        False,
-        "Adapters",
-        "Open vLLM's routes /v1/load_lora_adapter and /v1/unload_lora_adapter, behind the admin key where there is "
-        "one. $VLLM_ALLOW_RUNTIME_LORA_UPDATING says the same.",
+        False, "Adapters", "Open vLLM's /v1/load_lora_adapter and its like; so does $VLLM_ALLOW_RUNTIME_LORA_UPDATING."
     )
     image_cache_bytes: Size = _setting(
         64 * 2**30,
@@ -278,8 +269,7 @@ class Settings(BaseModel):
     adapter_eviction: Literal["weighed", "lru"] = _setting(
         "weighed",
         "Memory and threads",
-        "Which idle adapter makes room: weighed by age, use, size and the cost of its reload, or the least recently "
-        "used.",
+        "Which idle adapter goes: by age, use, size and cost to reload, or by age alone.",
     )
     enable_prefix_caching: bool = _setting(
         True, "Memory and threads", "Keep K/V of finished prompts and reuse them for equal beginnings."

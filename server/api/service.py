@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from server.api.audit import Audit
 from server.api.auth import Gate
+from server.api.caretaker import Caretaker
 from server.api.errors import NotReady, TooManyRequests
 from server.api.metrics import DoorMetrics
 from server.api.operation import OperationBook
@@ -90,6 +91,8 @@ class Service:
         releases.on_rolled_back = self.audit.note_canary
         front.library.pins.keep = front.engine.keep
         self.keep(front.library.pins.sync())
+        settings = self.settings
+        self.keep(Caretaker(front, self.audit, settings.adapters_dir, settings.watch_adapters_dir_s).run())
 
     def fail(self, reason: str) -> None:
         self._state, self._reason = "failed", reason

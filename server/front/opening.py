@@ -115,7 +115,14 @@ async def open_library(settings: Settings, engine: EngineClient, loader: LoaderC
     )
     await loader.aim(target)
     probe = Probe(engine) if settings.probe_adapters else None
-    return await Library.open(settings.store_path, loader, limits=limits, max_rank=settings.max_lora_rank, probe=probe)
+    return await Library.open(
+        settings.store_path,
+        loader,
+        limits=limits,
+        max_rank=settings.max_lora_rank,
+        probe=probe,
+        keep_versions=settings.keep_versions,
+    )
 
 
 async def warm_up(engine: EngineClient, library: Library, on_event: OnEvent) -> WarmStart:

@@ -73,6 +73,7 @@ class Library:
         limits: StageLimits | None = None,
         max_rank: int | None = None,
         probe: Probe | None = None,
+        keep_versions: int | None = None,
     ) -> Library:
         """The library over the store in `directory`, for the base that `loader` packs for.
 
@@ -82,8 +83,9 @@ class Library:
             StoreUnusable: the directory is in use, of another schema, or no store.
         """
         cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reclaim")
+        base, reclaim = loader.target.fingerprint, cleaner.submit
         opening = functools.partial(
-            Catalog, directory, loader.target.fingerprint, limits=limits, reclaim=cleaner.submit
+            Catalog, directory, base, limits=limits, keep_versions=keep_versions, reclaim=reclaim
         )
         return cls(await asyncio.to_thread(opening), loader, max_rank=max_rank, probe=probe)
 
