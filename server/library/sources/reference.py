@@ -89,10 +89,10 @@ def _hub(text: str, rest: str) -> SourceReference:
 
 
 def _file(text: str, rest: str) -> SourceReference:
-    parts = urlsplit(text)
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash or "?" in path or "#" in path:
         raise SourceInvalid(f"{text[:200]!r}: write file:///absolute/path, without a host.")
-    return _local(text, unquote(parts.path))
+    return _local(text, unquote("/" + path))
 
 
 def _local(text: str, path: str) -> SourceReference:
