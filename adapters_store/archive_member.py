@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 def parts_of(path: bytes | str) -> tuple[str, ...]:
-    """The parts of a member's path; none for the archive's own folder. Raises UnsafeArchive, MalformedArchive."""
+    """The parts of a member's path; none for the archive's own folder. Raises UnsafeArchive."""
     if isinstance(path, bytes):
         path = _decode(path)
     if not path or len(path) > _MAX_PATH_CHARS or not path.isprintable() or "\\" in path:
@@ -53,8 +53,17 @@ def parts_of(path: bytes | str) -> tuple[str, ...]:
     return tuple(part for part in parts if part != ".")
 
 
+def parts_of_file(path: bytes | str) -> tuple[str, ...]:
+    """As `parts_of`, of a plain file: at least its name. Raises UnsafeArchive."""
+    parts = parts_of(path)
+    text = path if isinstance(path, str) else _decode(path)
+    if text.rpartition("/")[2] in ("", "."):
+        raise UnsafeArchive(f"{text[:200]!r} is no path of a plain file.")
+    return parts
+
+
 def count_member(number: int) -> None:
-    """Raises MalformedArchive for the first member beyond MAX_MEMBERS."""
+    """Raises UnsafeArchive for the first member beyond MAX_MEMBERS."""
     if number > MAX_MEMBERS:
         raise UnsafeArchive(f"the archive has more than {MAX_MEMBERS} members; an adapter needs fewer.")
 

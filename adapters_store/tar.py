@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Protocol
 
-from adapters_store.archive_member import CHUNK_BYTES, Member, count_member, cut_short, parts_of
+from adapters_store.archive_member import CHUNK_BYTES, Member, count_member, cut_short, parts_of, parts_of_file
 from adapters_store.errors import MalformedArchive, UnsafeArchive
 
 _BLOCK = 512
@@ -114,12 +114,10 @@ def read_tar(source: Bytes) -> Iterator[Member]:
 
 
 def _plain_file(reader: _Reader, kind: bytes, path: bytes, num_bytes: int) -> Member:
-    parts = parts_of(path)
     if kind not in _FILES:
         what = _KINDS.get(kind, f"of the unknown type {kind!r}")
         raise UnsafeArchive(f"{path[:200]!r} is {what}; an adapter consists of plain files.")
-    if not parts or path.endswith(b"/"):
-        raise UnsafeArchive(f"{path[:200]!r} is no path of a plain file.")
+    parts = parts_of_file(path)
     return Member(parts, num_bytes, reader.data(num_bytes, f"{parts[-1]!r}"))
 
 

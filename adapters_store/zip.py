@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapters_store.archive_member import CHUNK_BYTES, Member, count_member, cut_short, parts_of
+from adapters_store.archive_member import CHUNK_BYTES, Member, count_member, cut_short, parts_of, parts_of_file
 from adapters_store.errors import MalformedArchive, UnsafeArchive
 
 _MAX_READ_BYTES = 1024 * 1024  # the directory of 256 members takes kilobytes
@@ -77,9 +77,10 @@ def read_zip(path: Path) -> Iterator[Member]:
         _check_count(file, archive)
         _check_places(found, archive.start_dir)
         for entry in found:
-            parts = parts_of(entry.orig_filename)
-            if not _is_folder(entry):
-                yield Member(parts, entry.file_size, _data(archive, entry))
+            if _is_folder(entry):
+                parts_of(entry.orig_filename)
+            else:
+                yield Member(parts_of_file(entry.orig_filename), entry.file_size, _data(archive, entry))
     except _DAMAGE as error:
         raise MalformedArchive(f"the zip archive is damaged: {str(error)[:200]}") from error
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from adapters_store.archive import ArchiveSink, unpack
@@ -212,6 +212,7 @@ def test_of_any_tar_nothing_but_files_of_an_adapter_comes_out(
 
 
 @FEW
+@example([(".", 0, b"")])
 @given(st.lists(st.tuples(PATHS, st.integers(0, 0xFFFF), st.binary(max_size=700)), max_size=6))
 def test_of_any_zip_nothing_but_files_of_an_adapter_comes_out(
     tmp_path_factory: pytest.TempPathFactory, members: list[tuple[str, int, bytes]]

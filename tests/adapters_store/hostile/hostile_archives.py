@@ -135,6 +135,8 @@ def _zips() -> Iterator[HostileMember]:
     yield archive("zip-climbs", UNSAFE, sound_zip(ZipEntry("../../README.md", b"x")))
     yield archive("zip-absolute", UNSAFE, sound_zip(ZipEntry("/var/README.md", b"x")))
     yield archive("zip-backslash", UNSAFE, sound_zip(ZipEntry("..\\README.md", b"x")))
+    yield archive("zip-only-dots", UNSAFE, sound_zip(ZipEntry(".", b"x")))
+    yield archive("zip-file-ends-in-a-dot", UNSAFE, sound_zip(ZipEntry("README.md/.", b"x")))
     yield archive("zip-null-in-a-name", UNSAFE, sound_zip(ZipEntry(b"README.md\0.png", b"x")))
     yield archive("zip-not-utf8", BROKEN, sound_zip(ZipEntry(b"\xff\xfe.md", b"x")), 400)
     yield archive("zip-link", UNSAFE, sound_zip(ZipEntry("README.md", b"/etc/passwd", mode=0o120777)))
