@@ -130,6 +130,8 @@ class Truth:
     deleted: set[int] = field(default_factory=set)
     aliases: dict[str, int] = field(default_factory=dict)
     num_answers: int = 0
+    base: str = BASE  # of the processes that were killed
+    read: Callable[[Catalog, int], int] = field(default_factory=lambda: data_of)
 
     def check(self, store: Path, logs: list[Path]) -> None:
         """Raises AssertionError where the store says something else. Takes over what was under way."""
@@ -156,11 +158,11 @@ class Truth:
         self._compare(store, maybe_committed, maybe_deleted, maybe_moved)
 
     def _compare(self, store: Path, committed: set[int], deleted: set[int], moved: dict[str, int]) -> None:
-        catalog = Catalog(store, BASE)
+        catalog = Catalog(store, self.base)
         try:
             known = catalog.page().records
             record = known[0] if known else AdapterRecord(NAME)  # the last version can be deleted too
-            found = {version.version: _data_of(catalog, version.version) for version in record.versions}
+            found = {version.version: self.read(catalog, version.version) for version in record.versions}
             assert all(version.state == "ready" for version in record.versions)
             for alias, number in self.aliases.items():
                 if number in self.deleted or (not found and number in deleted):
@@ -182,7 +184,8 @@ class Truth:
         assert findings == (), findings
 
 
-def _data_of(catalog: Catalog, number: int) -> int:
+def data_of(catalog: Catalog, number: int) -> int:
+    """What `stage_and_commit` wrote."""
     version = catalog.look_up(parse_reference(f"{NAME}@{number}"))
     data: int = struct.unpack("<q", catalog.files_of(version)["adapter_model.safetensors"].read_bytes()[-8:])[0]
     return data
