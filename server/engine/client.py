@@ -51,6 +51,9 @@ class StateChange(NamedTuple):
     message: str  # why, for people
 
 
+# Which loads an event ends. One with a reason that is no failure is an eviction, and ends none.
+_ENDS = {"device": (Tier.DEVICE,), "host": (Tier.HOST,), "failed": (Tier.DEVICE, Tier.HOST)}
+
 EngineEvent = LoadProgress | StateChange | AdapterEvent
 OnEvent = Callable[[EngineEvent], None]
 
@@ -71,7 +74,7 @@ class EngineClient:
         self._draining = False
         self._call_numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._loads: dict[str, list[asyncio.Future[AdapterEvent]]] = {}
+        self._loads: dict[tuple[str, Tier], list[asyncio.Future[AdapterEvent]]] = {}
         self._on_device: set[str] = set()  # as far as the engine's events tell
         self._kept: tuple[AdapterTicket, ...] = ()
 
@@ -164,7 +167,7 @@ class EngineClient:
             AdapterLoadFailed, AdapterTooLarge, NoRoomForAdapter, EngineUnavailable
         """
         waiter: asyncio.Future[AdapterEvent] = self._loop.create_future()
-        self._loads.setdefault(ticket.key, []).append(waiter)
+        self._loads.setdefault((ticket.key, tier), []).append(waiter)
         try:
             order = {"kind": wire.LOAD, "ticket": wire.ticket_to_json(ticket), "tier": tier.value}
             state = AdapterState(await self._call(order))
@@ -172,7 +175,7 @@ class EngineClient:
                 return state
             event = await waiter
         finally:
-            self._forget_load(ticket.key, waiter)
+            self._forget_load((ticket.key, tier), waiter)
         if event.state == AdapterState.FAILED:
             raise AdapterLoadFailed(f'adapter "{ticket.name}" could not be loaded: {event.reason}')
         return AdapterState(event.state)
@@ -191,9 +194,7 @@ class EngineClient:
 
         They are loaded as soon as there is room, and evicted only when otherwise nothing at all could run.
 
-        Raises:
-            NoRoomForAdapter: together they are too large; nothing is changed.
-            EngineUnavailable
+        Raises NoRoomForAdapter (together they are too large; nothing is changed), EngineUnavailable.
         """
         await self._call(_keep_order(tickets))
         self._kept = tuple(tickets)
@@ -297,9 +298,10 @@ class EngineClient:
             self._on_device.add(event.key)
         elif event.reason:  # evicted, and not only warmed beside its copy on the device
             self._on_device.discard(event.key)
-        for waiter in self._loads.get(event.key, ()):
-            if not waiter.done():
-                waiter.set_result(event)
+        for tier in _ENDS.get(event.state, ()) if event.state == AdapterState.FAILED or not event.reason else ():
+            for waiter in self._loads.get((event.key, tier), ()):
+                if not waiter.done():
+                    waiter.set_result(event)
         self._on_event(event)
 
     def _on_reply(self, message: Message) -> None:
@@ -336,7 +338,7 @@ class EngineClient:
             self._empty.set()
             self._supervisor.expect_answer(False)
 
-    def _forget_load(self, key: str, waiter: asyncio.Future[AdapterEvent]) -> None:
+    def _forget_load(self, key: tuple[str, Tier], waiter: asyncio.Future[AdapterEvent]) -> None:
         waiters = self._loads.get(key, [])
         if waiter in waiters:
             waiters.remove(waiter)

@@ -38,6 +38,7 @@ class FakeEngine:
         self._ended: list[RequestDelta] = []
         self._adapters: dict[str, AdapterTicket] = {}
         self._expected: list[str] = []
+        self._evicted: list[AdapterEvent] = []
         self._kept: set[str] = set()
         self._loading: list[tuple[AdapterTicket, float]] = []
         self._num_steps = 0
@@ -92,7 +93,10 @@ class FakeEngine:
     def evict(self, key: str, tier: Tier = Tier.DEVICE) -> bool:
         if any(request.adapter and request.adapter.key == key for request in self._requests.values()):
             raise AdapterBusy(f"adapter {key} is used by running requests")
-        return self._adapters.pop(key, None) is not None
+        ticket = self._adapters.pop(key, None)
+        if ticket is not None:
+            self._evicted.append(AdapterEvent(key, ticket.name, AdapterState.DISK.value, "asked"))
+        return ticket is not None
 
     def residents(self, *, with_past: bool = False) -> list[ResidentAdapter]:
         return [
@@ -103,6 +107,8 @@ class FakeEngine:
         ]
 
     def _poll_loads(self, output: StepOutput) -> None:
+        output.adapter_events += self._evicted
+        self._evicted = []
         for ticket, ready_s in list(self._loading):
             if time.monotonic() < ready_s:
                 continue

@@ -16,7 +16,7 @@ import pytest
 from server.engine.client import EngineClient, EngineEvent, LoadProgress, StateChange
 from server.engine.config import EngineConfig
 from server.engine.delta_stream import DeltaStream
-from server.engine.errors import AdapterBusy, AdapterLoadFailed, EngineStartError, EngineUnavailable
+from server.engine.errors import AdapterBusy, AdapterLoadFailed, EngineStartError, EngineUnavailable, NoRoomForAdapter
 from server.engine.launch import in_process
 from server.engine.local import start_local
 from server.engine.request import AdapterState, AdapterTicket, EngineRequest, FinishReason, RequestDelta, SamplingParams
@@ -245,6 +245,26 @@ def test_adapters_are_loaded_listed_and_evicted_through_the_door() -> None:
             assert await client.evict("key") is False
             with pytest.raises(AdapterLoadFailed, match="truncated"):
                 await client.load(AdapterTicket("bad", "bad@1", "/store/broken.img", 100))
+            assert await client.load(ticket) is AdapterState.DEVICE
+            assert await client.evict("key") is True
+            assert await client.load(ticket) is AdapterState.DEVICE, "the news of its eviction ends no load"
+
+    run(scene())
+
+
+def test_kept_adapters_are_told_to_the_engine_and_to_the_one_after_it() -> None:
+    async def scene() -> None:
+        async with engine("fake step_ms=2") as client:
+            ticket = AdapterTicket("key", "sql@3", "/store/sql.img", 100)
+            await client.keep([ticket])
+            assert [one.is_kept for one in await client.residency()] == [True]
+            with pytest.raises(NoRoomForAdapter):
+                await client.keep([AdapterTicket("b", "huge@1", "/store/huge.img", 100)])
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            while client.num_restarts == 0 or client.state != "ready":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            assert [(one.key, one.is_kept) for one in await client.residency()] == [("key", True)], "not the refused"
 
     run(scene())
 
