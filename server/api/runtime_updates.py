@@ -95,7 +95,7 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
     "/load_lora_adapter",
     summary="Load an adapter",
     responses=_RESPONSES,
-    response_class=PlainTextResponse,
+    response_class=Response,
     openapi_extra=_body(LoadBody),
 )
 @admin
@@ -119,7 +119,7 @@ async def load_lora_adapter(request: Request) -> Response:
     "/unload_lora_adapter",
     summary="Unload an adapter",
     responses=_RESPONSES,
-    response_class=PlainTextResponse,
+    response_class=Response,
     openapi_extra=_body(UnloadBody),
 )
 @admin
