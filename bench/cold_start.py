@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -34,7 +35,6 @@ from server.engine.request import AdapterTicket, EngineRequest, FinishReason, Sa
 PHASES = ("calm", "resident", "cold")
 P50_GOAL, P99_GOAL, WAIT_GOAL_S = 1.15, 1.5, 1.0
 _LOAD_PHASES = ("queue", "read", "check", "copy", "bind")
-_SETTLE_S = 1.0  # of a phase, before its gaps count: the streams' prompts
 
 
 @dataclass
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--loads-per-s", type=float, default=5.0, help="short requests a second, each a cold load")
     parser.add_argument("--rank", type=int, default=24, help="of the cold adapters; 24 on all linears are 10.9 MB")
     parser.add_argument("--cold-adapters", type=int, default=16, help="that take turns")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of one phase, of which the first does not count")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of one phase, from when all streams run")
     parser.add_argument("--host-adapter-memory", type=int, default=0, help="bytes of the host tier; 0: straight in")
     arguments = parser.parse_args(argv)
     if arguments.quick:
@@ -108,38 +108,57 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Measured]:
         await client.close()
 
 
+@dataclass
+class Window:
+    """The part of a phase that counts: from when every stream has its first token."""
+
+    num_awaited: int
+    seconds: float
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    start_s: float = math.inf
+
+    def first_token(self) -> None:
+        self.num_awaited -= 1
+        if self.num_awaited == 0:
+            self.start_s = time.perf_counter()
+            self.begun.set()
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.seconds
+
+
 async def run_phase(bench: Bench, phase: str, measured: Measured) -> None:
     """Streams for as long as the phase lasts, and the short requests beside them."""
-    arguments = bench.arguments
-    end_s = time.perf_counter() + arguments.seconds
-    jobs = [stream(bench, bench.warm[index % len(bench.warm)], end_s, measured) for index in range(arguments.streams)]
+    num_streams = bench.arguments.streams
+    window = Window(num_streams, bench.arguments.seconds)
+    jobs = [stream(bench, bench.warm[index % len(bench.warm)], window, measured) for index in range(num_streams)]
     if phase != "calm":
-        jobs.append(storm(bench, bench.cold if phase == "cold" else bench.warm, end_s, measured, phase == "cold"))
+        jobs.append(storm(bench, bench.cold if phase == "cold" else bench.warm, window, measured, phase == "cold"))
     await asyncio.gather(*jobs)
 
 
-async def stream(bench: Bench, adapter: AdapterTicket, end_s: float, measured: Measured) -> None:
-    count_from_s = end_s - bench.arguments.seconds + min(_SETTLE_S, bench.arguments.seconds / 4)
+async def stream(bench: Bench, adapter: AdapterTicket, window: Window, measured: Measured) -> None:
     room = bench.client.description.max_model_len - 64
-    last_s = 0.0
+    last_s: float | None = None
     async for delta in bench.client.submit(bench.request(adapter, 64, room)):
         now_s = time.perf_counter()
-        if delta.finish is FinishReason.FAILED:
-            raise RuntimeError(f"a stream failed: {delta.error}")
-        if now_s >= end_s:
+        if delta.finish is not None:
+            raise RuntimeError(f"a stream ended in the middle of a phase: {delta.error or delta.finish}")
+        if now_s >= window.end_s:
             return
-        if last_s >= count_from_s:
+        if last_s is None:
+            window.first_token()
+        elif last_s >= window.start_s:
             measured.gaps_s.append(now_s - last_s)
         last_s = now_s
 
 
-async def storm(bench: Bench, adapters: list[AdapterTicket], end_s: float, measured: Measured, is_cold: bool) -> None:
-    start_s = end_s - bench.arguments.seconds + min(_SETTLE_S, bench.arguments.seconds / 4)
+async def storm(bench: Bench, adapters: list[AdapterTicket], window: Window, measured: Measured, is_cold: bool) -> None:
+    await window.begun.wait()
     asked: list[asyncio.Task[None]] = []
-    for number in itertools.count():
-        due_s = start_s + number / bench.arguments.loads_per_s
-        if due_s >= end_s:
-            break
+    for number in range(int(window.seconds * bench.arguments.loads_per_s)):
+        due_s = window.start_s + number / bench.arguments.loads_per_s
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         ticket = adapters[number % len(adapters)]
         asked.append(asyncio.create_task(short_request(bench, ticket, due_s, measured, is_cold)))

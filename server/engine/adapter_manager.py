@@ -228,7 +228,8 @@ class AdapterManager:
         """Take it off the device, or out of the host tier; False if it is not there.
 
         Raises:
-            AdapterBusy: running sequences use it, it is being loaded, or it is kept. Unnamed: others may have other names.
+            AdapterBusy: running sequences use it, it is being loaded, or it is kept. It is not named there, since
+                others may know it by other names.
         """
         if tier is Tier.HOST:
             return self.reader.drop(key)
