@@ -17,7 +17,7 @@ from server.library.sources.auto_load import AutoLoader
 from server.library.sources.policy import SourcePolicy
 from server.loader.errors import AdapterRefused
 from tests.library.loopback_hub import LoopbackHub, Repo
-from tests.library.source_samples import Place, adapter_files, open_place
+from tests.library.source_samples import Place, adapter_files, becomes_empty, open_place
 
 Test = Callable[[AutoLoader, Place, LoopbackHub], Coroutine[Any, Any, None]]
 
@@ -42,7 +42,7 @@ def visit(tmp_path: Path, test: Test, patience_s: float = 30.0, **more: Any) -> 
             loader = AutoLoader(place.library, place.puller, patience_s)
             await test(loader, place, hub)
             await loader.close()
-            assert place.leftovers() == []
+            assert await becomes_empty(place)
 
     with LoopbackHub(repos, **more) as hub:
         asyncio.run(asyncio.wait_for(inside(hub), 60))
@@ -140,10 +140,10 @@ def test_a_slow_download_asks_for_another_try_and_goes_on(tmp_path: Path) -> Non
             await loader.resolve("org/sql")
         assert hub.stall is not None
         hub.stall.set()
-        for _ in range(500):
+        for _ in range(2000):
             if place.library.num_adapters:
                 break
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
         (await loader.resolve("org/sql")).release()
         assert len([asked for asked in hub.asked if asked.path.startswith("/api/models/")]) == 1
 
