@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,19 @@ def stage_and_commit(catalog: Catalog, data: int, source: Path | None = None) ->
     tensors = safetensors_bytes({"a": ("I64", [1], struct.pack("<q", data))})
     with catalog.stage() as stage:
         stage.add_file("adapter_config.json", [CONFIG])
-        with stage.open_file("adapter_model.safetensors") as sink:
-            if source is None:
-                sink.write(tensors)
-            else:
-                source.write_bytes(tensors)
-                with source.open("rb", buffering=0) as file:
-                    while piece := file.read(16):
-                        sink.write(piece)
+        stage.add_file("adapter_model.safetensors", [tensors] if source is None else download(source, tensors))
         (stage.directory / "image").write_bytes(b"image")
         image = StagedImage(stage.directory / "image", "f32", 5)
         committed = catalog.commit(stage, NAME, content(str(data)), Source("upload:"), image=image)
         return committed.version.version
+
+
+def download(source: Path, data: bytes) -> Iterator[bytes]:
+    """`data` by way of a file, in pieces."""
+    source.write_bytes(data)
+    with source.open("rb", buffering=0) as file:
+        while piece := file.read(16):
+            yield piece
 
 
 class Worker:
