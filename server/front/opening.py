@@ -156,7 +156,7 @@ async def register_adapters(library: Library, puller: Puller, settings: Settings
         if _is_fetched(module.path):
             await _fetch(puller, module)
             continue
-        with contextlib.suppress(StoreError, LoaderError, OSError):  # the library logs and remembers it
+        with contextlib.suppress(StoreError, LoaderError, LibraryError, OSError):  # the library logs and remembers it
             await library.register(AdapterDirectory(module.name, Path(module.path)))
 
 

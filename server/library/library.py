@@ -62,7 +62,7 @@ class Library:
         self.releases = Releases(catalog)
         self.pins = Pins(catalog, self.ticket)
         self.releases.on_moved = self.pins.sync
-        self._registrar = Registrar(catalog, self.add)
+        self._registrar = Registrar(catalog, self.add, self.releases.move)
 
     @classmethod
     async def open(

@@ -13,6 +13,7 @@ from adapters_store.errors import AdapterNotFound, StoreError
 from adapters_store.names import DEFAULT_ALIAS, check_name
 from adapters_store.record import AdapterVersion, Source, VersionState
 from server.library.directory import AdapterDirectory, find_directories
+from server.library.errors import LibraryError
 from server.loader.errors import LoaderError
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,14 @@ class Discovered(NamedTuple):
 class Registrar:
     """Remembers, until the process ends, which directories could not be registered and why."""
 
-    def __init__(self, catalog: Catalog, add: Callable[..., Awaitable[Committed]]) -> None:
-        """`add` is `Library.add`."""
+    def __init__(
+        self, catalog: Catalog, add: Callable[..., Awaitable[Committed]], move: Callable[..., Awaitable[object]]
+    ) -> None:
+        """`add` is `Library.add`, `move` is `Releases.move`."""
         self.failures: dict[str, str] = {}  # name -> reason
         self._catalog = catalog
         self._add = add
+        self._move = move
 
     async def discover(self, adapters_dir: Path, on_each: OnEach | None = None) -> Discovered:
         """Registers every adapter below a directory. A bad one stops nothing: it is listed as failed, with the reason.
@@ -50,7 +54,7 @@ class Registrar:
             try:
                 committed = await self.register(directory)
                 (result.added if committed.created else result.unchanged).append(directory.name)
-            except (StoreError, LoaderError, OSError) as error:
+            except (StoreError, LoaderError, LibraryError, OSError) as error:
                 result.failed[directory.name] = str(error)
             if on_each is not None:
                 on_each(number, len(found), directory.name)
@@ -64,7 +68,7 @@ class Registrar:
         """
         try:
             committed = await self._register(directory)
-        except (StoreError, LoaderError, OSError) as error:
+        except (StoreError, LoaderError, LibraryError, OSError) as error:
             logger.warning("adapter %r in %s cannot be served: %s", directory.name, directory.path, error)
             self.failures[directory.name] = str(error)
             raise
@@ -94,7 +98,7 @@ class Registrar:
                 return await self._add(stage, directory.name, source=source)
             await asyncio.to_thread(stage.close)
         if self._is_out_of_date(known):
-            await asyncio.to_thread(self._catalog.set_alias, known.name, DEFAULT_ALIAS, known.version)
+            await self._move(known.name, DEFAULT_ALIAS, {known.version: 1})
         return Committed(known, created=False)
 
     def _find_stamp(self, name: str, source: Source) -> AdapterVersion | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from adapters_store.staging import StageLimits
+from server.library.gate import Gate, GoldenPrompt
 from server.library.library import Library
 from server.library.watch import DirectoryWatch
 from tests.api.conftest import safetensors_bytes
@@ -112,5 +113,26 @@ def test_a_directory_that_vanishes_stops_nothing(watching: Callable[[Test], None
         await asyncio.to_thread(root.rename, root.with_name("elsewhere"))
         assert await watch.look() == []
         assert library.look_up("sql").version == 1
+
+    watching(test)
+
+
+def test_a_gate_holds_back_what_a_directory_brings_and_stops_no_start(watching: Callable[[Test], None]) -> None:
+    async def test(library: Library, watch: DirectoryWatch, root: Path) -> None:
+        drop(root, "sql")
+        await library.discover(root)
+        await library.releases.set_gate("sql", "default", Gate((GoldenPrompt("a"),)))
+        drop(root, "sql", '{"r": 16}')
+        found = await library.discover(root)  # nobody can answer golden prompts yet
+        assert "gate" in found.failed["sql"]
+        assert library.look_up("sql").version == 1
+        assert library.look_up("sql@2").version == 2
+
+        async def answer(reference: str, prompt: GoldenPrompt) -> str:
+            return "fine"
+
+        library.releases.answer = answer
+        await library.releases.move("sql", "default", {2: 1})
+        assert library.look_up("sql").version == 2
 
     watching(test)
