@@ -30,7 +30,7 @@ from bench.statistics import figure, percentiles
 from bench.workloads import AdapterShape
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig
-from server.engine.request import AdapterTicket, EngineRequest, FinishReason, SamplingParams
+from server.engine.request import AdapterTicket, EngineRequest, FinishReason, SamplingParams, Tier
 
 PHASES = ("calm", "resident", "cold")
 P50_GOAL, P99_GOAL, WAIT_GOAL_S = 1.15, 1.5, 1.0
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=8, help="running streams, on 4 adapters")
     parser.add_argument("--loads-per-s", type=float, default=5.0, help="short requests a second, each a cold load")
     parser.add_argument("--rank", type=int, default=24, help="of the cold adapters; 24 on all linears are 10.9 MB")
-    parser.add_argument("--cold-adapters", type=int, default=16, help="that take turns")
+    parser.add_argument("--cold-adapters", type=int, default=32, help="that take turns")
     parser.add_argument("--seconds", type=float, default=8.0, help="of one phase, from when all streams run")
     parser.add_argument("--host-adapter-memory", type=int, default=0, help="bytes of the host tier; 0: straight in")
     arguments = parser.parse_args(argv)
@@ -157,16 +157,22 @@ async def stream(bench: Bench, adapter: AdapterTicket, window: Window, measured:
 async def storm(bench: Bench, adapters: list[AdapterTicket], window: Window, measured: Measured, is_cold: bool) -> None:
     await window.begun.wait()
     asked: list[asyncio.Task[None]] = []
+    free: asyncio.Queue[AdapterTicket] = asyncio.Queue()  # those that no request is on: they are cold
+    for ticket in adapters:
+        free.put_nowait(ticket)
     for number in range(int(window.seconds * bench.arguments.loads_per_s)):
         due_s = window.start_s + number / bench.arguments.loads_per_s
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-        ticket = adapters[number % len(adapters)]
-        asked.append(asyncio.create_task(short_request(bench, ticket, due_s, measured, is_cold)))
+        ticket = await free.get() if is_cold else adapters[number % len(adapters)]
+        asked.append(asyncio.create_task(short_request(bench, ticket, due_s, measured, free if is_cold else None)))
     await asyncio.gather(*asked)
 
 
-async def short_request(bench: Bench, ticket: AdapterTicket, due_s: float, measured: Measured, is_cold: bool) -> None:
-    if is_cold:
+async def short_request(
+    bench: Bench, ticket: AdapterTicket, due_s: float, measured: Measured, free: asyncio.Queue[AdapterTicket] | None
+) -> None:
+    """`free`: the adapter is cold, and goes back there as cold as it was."""
+    if free is not None:
         drop_from_page_cache(ticket)
     first_s = 0.0
     async for delta in bench.client.submit(bench.request(ticket, 16, 4)):
@@ -174,10 +180,12 @@ async def short_request(bench: Bench, ticket: AdapterTicket, due_s: float, measu
             raise RuntimeError(f"a short request failed: {delta.error}")
         first_s = first_s or time.perf_counter()
     measured.waits_s.append(first_s - due_s)
-    if is_cold:
+    if free is not None:
         (line,) = [one for one in await bench.client.residency() if one.key == ticket.key]
         measured.phases_s.append(dict(line.load_s))
         await bench.client.evict(ticket.key)
+        await bench.client.evict(ticket.key, Tier.HOST)
+        free.put_nowait(ticket)
 
 
 def drop_from_page_cache(ticket: AdapterTicket) -> None:
