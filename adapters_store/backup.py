@@ -30,7 +30,8 @@ from adapters_store.record import AdapterVersion
 from adapters_store.schema import MARKER
 
 _MEMBER = re.compile(
-    r"store\.json|(versions|aliases)/[A-Za-z0-9._%-]+/[a-z0-9_-]+\.json|(attributes|tombstones)/[A-Za-z0-9._%-]+\.json"
+    r"store\.json|audit\.jsonl|(versions|aliases|rules)/[A-Za-z0-9._%-]+/[a-z0-9_-]+\.json"
+    r"|(attributes|tombstones)/[A-Za-z0-9._%-]+\.json"
     r"|blobs/sha256/[0-9a-f]{64}",
     re.ASCII,
 )
@@ -151,7 +152,14 @@ def _versions(catalog: Catalog) -> Iterator[AdapterVersion]:
 
 
 def _small_files(root: Path) -> list[Path]:
-    patterns = ("versions/*/*.json", "aliases/*/*.json", "attributes/*.json", "tombstones/*.json")
+    patterns = (
+        "versions/*/*.json",
+        "aliases/*/*.json",
+        "rules/*/*.json",
+        "attributes/*.json",
+        "tombstones/*.json",
+        "audit.jsonl",
+    )
     return [root / MARKER, *(path for pattern in patterns for path in sorted(root.glob(pattern)))]
 
 

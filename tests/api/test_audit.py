@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from fastapi.routing import APIRoute
 from pydantic import SecretStr
 
+from adapters_store.backup import backup, restore
 from server.api.app import ROUTERS
 from server.api.auth import GuardedRoute
 from server.api.operation import Operation
@@ -85,3 +87,16 @@ def test_every_admin_route_that_changes_something_passes_the_writer() -> None:
     assert len(changing) > 5
     assert [route.path for route in changing if not isinstance(route, GuardedRoute)] == []
     assert [route.path for route in changing if getattr(route.endpoint, "veneer_access", "") != "admin"] == []
+
+
+def test_a_backup_holds_the_log_and_the_gates(visit: Visit, tmp_path: Path) -> None:
+    async def test(door: Door) -> None:
+        await door.upload("sql")
+        gate = {"prompts": [{"inputs": "a"}]}
+        await door.client.put("/admin/v1/adapters/sql/aliases/default/gate", json=gate)
+
+    visit(test)
+    backup(tmp_path / "store", tmp_path / "store.tar")
+    restore(tmp_path / "store.tar", tmp_path / "again")
+    for name in ("audit.jsonl", "rules/sql/default.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "store" / name).read_bytes()
