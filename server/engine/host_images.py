@@ -56,7 +56,7 @@ class HostImages:
         self._lock = threading.Lock()
 
     def has_room(self, num_bytes: int) -> bool:
-        return _whole_pages(num_bytes) <= self.max_bytes
+        return _mapped_bytes(num_bytes) <= self.max_bytes
 
     def holds(self, key: str) -> bool:
         return key in self._images
@@ -78,7 +78,7 @@ class HostImages:
 
         The caller has asked `has_room`.
         """
-        room_bytes = _whole_pages(num_bytes)
+        room_bytes = _mapped_bytes(num_bytes)
         with self._lock:
             while self.num_bytes + room_bytes > self.max_bytes:
                 self._drop(self._cheapest())
@@ -91,7 +91,7 @@ class HostImages:
     def add(self, ticket: AdapterTicket, header: dict[str, Any], payload: torch.Tensor) -> None:
         """Keep a checked image whose payload came from `make_room`."""
         with self._lock:
-            room_bytes = _whole_pages(payload.numel())
+            room_bytes = _mapped_bytes(payload.numel())
             self._images[ticket.key] = _Image(ticket, header, payload, room_bytes, time.monotonic())
             self.num_bytes += room_bytes
 
@@ -134,5 +134,5 @@ class HostImages:
         self.let_go(image.payload)
 
 
-def _whole_pages(num_bytes: int) -> int:
+def _mapped_bytes(num_bytes: int) -> int:
     return max(1, -(-num_bytes // _PAGE)) * _PAGE

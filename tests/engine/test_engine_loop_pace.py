@@ -16,7 +16,8 @@ from server.engine.limits import EngineLimits
 from server.engine.request import AdapterTicket, EngineRequest, SamplingParams
 from server.engine.sequence import Sequence, SequenceTable
 from server.engine.step import StepPlan, StepResult
-from tests.engine.simulated import Memory, SimulatedReader, SimulatedResidency
+from tests.engine.simulated import SimulatedResidency
+from tests.engine.simulated_reader import Memory, SimulatedReader
 
 UNIT_BYTES = 100
 NUM_UNITS = 20_000
