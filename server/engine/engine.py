@@ -109,8 +109,8 @@ class Engine:
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, sequence.arrival, sequence))
         self._live[request.request_id] = sequence
-        if request.adapter is not None:
-            self.expect(request.adapter)
+        if sequence.adapter is not None:
+            self.expect(sequence.adapter)
         self._scheduler.waiting.add(sequence)
 
     def expect(self, ticket: AdapterTicket) -> None:

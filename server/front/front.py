@@ -130,9 +130,9 @@ class Front:
         _check(request)
         lease = await self._lease(request)
         try:
-            if lease is not None:
-                self.engine.expect(lease.ticket)
             traits = AdapterTraits() if lease is None else lease.ticket.traits
+            if lease is not None and not traits.invocation_tokens:  # whether it is invoked, the prompt's tokens tell
+                self.engine.expect(lease.ticket)
             _check_task(request, traits)
             tokenizer = await self._vocabularies.of(None if lease is None else lease.report)
             prompt = await self._prompt_of(request, traits, tokenizer)
