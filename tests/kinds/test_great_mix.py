@@ -86,7 +86,7 @@ def test_many_kinds_share_an_engine_that_is_short_of_memory(tmp_path: Path) -> N
     for name, (what, ask) in asks.items():
         mix.check(what, ask, answers[name])
     stats = mix.served.engine.engine.stats()
-    assert mix.served.engine.most_adapters >= 24
+    assert mix.served.engine.most_adapters >= 16  # how many exactly depends on how fast they are read
     assert stats.total_preemptions > 0, "the pool was large enough for all"
     assert sum(answer.num_cached_tokens for answer in answers.values()) > 0, "no prompt found another's blocks"
 
@@ -94,6 +94,15 @@ def test_many_kinds_share_an_engine_that_is_short_of_memory(tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory: pytest.TempPathFactory) -> Mix:
     return make_mix(tmp_path_factory.mktemp("roomy"), pool_bytes=48 << 20, num_tokens=6)
+
+
+def test_more_than_24_adapters_share_a_step(roomy: Mix) -> None:
+    for _ in range(2):  # the second time all of them are there
+        asks = {what: roomy.ask(f"all-{what}", what, LENGTHS[2], seed=index) for index, what in enumerate(EVERYTHING)}
+        answers = roomy.served.engine.run(asks.values())
+    assert roomy.served.engine.most_adapters >= 24
+    for what, ask in asks.items():
+        roomy.check(what, ask, answers[ask.name])
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
