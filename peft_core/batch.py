@@ -103,3 +103,4 @@ class AdapterBatch:
 
     tokens: RowAdapters
     last: RowAdapters
+    has_virtual: bool = False  # some of its tokens are virtual, see `peft_core.traits`

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from peft_core.batch import AdapterBatch, Between, RowAdapters, SlotRows, rows_by_slot
+from peft_core.batch import AdapterBatch, Between, RowAdapters, rows_by_slot
 from peft_core.errors import UnsupportedAdapter
 from peft_core.hooks.step_hooks import StepHooks
 from peft_core.kernels.base_product import BaseProduct
@@ -60,18 +60,18 @@ class ActiveBatch:
         self.kernels = kernels
         self.residency = kernels.residency
         self.hooks: StepHooks | None = None  # set by `attach`
-        self.parts: tuple[SlotRows, ...] = ()  # token rows of the adapters that are more than a low-rank addition
         self._changes = SiteChanges(self.residency)
         self._kept: dict[bool, tuple[Any, Mapping[str, GroupChange]]] = {}  # by is_head: what for, changes
         self._tokens: _ActiveRows | None = None
         self._last: _ActiveRows | None = None
         self._in_use = False
+        self._has_virtual = False
 
     @contextmanager
     def use(self, batch: AdapterBatch) -> Iterator[None]:
         """Let the layers see `batch` until the block ends; not reentrant."""
         assert not self._in_use, "one forward pass at a time"
-        self._in_use = True
+        self._in_use, self._has_virtual = True, batch.has_virtual
         try:
             self._tokens = self._prepared(batch.tokens, is_head=False)
             self._last = self._prepared(batch.last, is_head=True)
@@ -116,7 +116,14 @@ class ActiveBatch:
     def _rare(self, rows: RowAdapters, slots: set[int], *, is_head: bool) -> Mapping[str, GroupChange]:
         """Changes and hooks of the adapters in `slots`, made again only when the batch's members changed."""
         epochs = tuple(self.residency.epochs[sorted(slots)].tolist())
-        key = (rows.num_rows, rows.narrow_rows.tobytes(), rows.narrow_slots.tobytes(), rows.wide, epochs)
+        key = (
+            rows.num_rows,
+            rows.narrow_rows.tobytes(),
+            rows.narrow_slots.tobytes(),
+            rows.wide,
+            epochs,
+            self._has_virtual,
+        )
         kept = self._kept.get(is_head)
         if kept is not None and kept[0] == key:
             return kept[1]
@@ -125,8 +132,7 @@ class ActiveBatch:
         changes = self._changes.prepare(parts, is_head=is_head)
         if not is_head:
             assert self.hooks is not None, "attach the base before adapters act on it"
-            self.parts = parts
-            self.hooks.install(parts, rows.num_rows, self._add_products)
+            self.hooks.install(parts, rows.num_rows, self._add_products, has_virtual=self._has_virtual)
         self._kept[is_head] = (key, changes)
         return changes
 
@@ -136,7 +142,6 @@ class ActiveBatch:
 
     def _forget(self, *, is_head: bool) -> None:
         if self._kept.pop(is_head, None) is not None and not is_head and self.hooks is not None:
-            self.parts = ()
             self.hooks.remove()
 
 

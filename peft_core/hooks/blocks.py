@@ -2,23 +2,21 @@
 
 The residual stream is added to a block's output by the model itself, after the block; what a bottleneck reads of the
 stream is the input of the norm in front of the block. So there are two hooks: one keeps that input, one adds to the
-output.
-The two matrix products are those of the low-rank form, with an activation between them.
+output. The two matrix products are those of the low-rank form, with an activation between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.functional import pad
 
 from peft_core.batch import Between, SlotRows
 from peft_core.forms import AdapterForms, Bottleneck
-from peft_core.kernels.changes import ROW_MULTIPLE
+from peft_core.kernels.invariance import padded_rows
 from peft_core.kernels.vectors import add, row_index, vectors_by_row
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -39,13 +37,6 @@ class LowRankProducts(Protocol):
     def __call__(self, u: torch.Tensor, y: torch.Tensor, between: Between) -> None: ...
 
 
-class _Norm(NamedTuple):
-    """Rows of adapters that normalise what they read, or what they wrote."""
-
-    rows: slice | torch.Tensor
-    bottleneck: Bottleneck
-
-
 class BlockHooks:
     """The hooks of one block."""
 
@@ -61,8 +52,8 @@ class BlockHooks:
         self._up_biases = vectors_by_row(own, lambda slot: forms[slot].bottlenecks[path].up_bias, device)
         self._activation = _activation(self._places, num_rows, device)
         self._reads = {bottleneck.reads for _, bottleneck in self._places}
-        self._norms_in = [_Norm(*place) for place in self._places if place[1].norm_in_weight is not None]
-        self._norms_out = [_Norm(*place) for place in self._places if place[1].norm_out_weight is not None]
+        self._norms_in = [place for place in self._places if place[1].norm_in_weight is not None]
+        self._norms_out = [place for place in self._places if place[1].norm_out_weight is not None]
         self._residuals = [place for place in self._places if place[1].residual]
         self._residual: torch.Tensor | None = None
 
@@ -84,8 +75,7 @@ class BlockHooks:
         for bias in self._up_biases:
             add(a, bias)
         y = h + a  # rows without a bottleneck add zero
-        for norm in self._norms_out:
-            rows, bottleneck = norm
+        for rows, bottleneck in self._norms_out:
             if bottleneck.norm_out_of == "a":
                 y[rows] = h[rows] + _normed_out(a[rows], bottleneck)
             else:
@@ -96,16 +86,21 @@ class BlockHooks:
 
     def _inputs(self, h: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         """What the adapters read; rows of none of them are never looked at."""
-        sources = {"h": lambda: h, "r": lambda: r, "h + r": lambda: h + r}
         if len(self._reads) == 1 and not self._norms_in:
-            return sources[next(iter(self._reads))]()
+            return _read(next(iter(self._reads)), h, r)
         u = torch.empty_like(h)
         for rows, bottleneck in self._places:
-            u[rows] = {"h": h, "r": r}[bottleneck.reads][rows] if bottleneck.reads != "h + r" else h[rows] + r[rows]
+            u[rows] = _read(bottleneck.reads, h[rows], r[rows])
         for rows, bottleneck in self._norms_in:
             parameters = (bottleneck.norm_in_weight, bottleneck.norm_in_bias, bottleneck.norm_in_epsilon)
             u[rows] = _norm(u[rows], *parameters).to(u.dtype)
         return u
+
+
+def _read(what: str, h: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    if what == "h + r":
+        return h + r
+    return h if what == "h" else r
 
 
 def _normed_out(x: torch.Tensor, bottleneck: Bottleneck) -> torch.Tensor:
@@ -142,4 +137,4 @@ def _activation(
 
 def _activated(hidden: torch.Tensor, name: str) -> torch.Tensor:
     """hidden: [n, ranks]. Padded to whole vectors: torch computes what is left over by other, scalar, formulas."""
-    return ACTIVATIONS[name](pad(hidden, (0, 0, 0, -len(hidden) % ROW_MULTIPLE)))[: len(hidden)]
+    return ACTIVATIONS[name](padded_rows(hidden))[: len(hidden)]

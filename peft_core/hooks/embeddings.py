@@ -15,9 +15,17 @@ from torch.nn.functional import embedding
 
 from peft_core.batch import SlotRows
 from peft_core.forms import AdapterForms, EmbeddingChange, VirtualTokens
-from peft_core.kernels.changes import invariant_product
+from peft_core.kernels.invariance import invariant_product
 from peft_core.kernels.vectors import row_index
 from peft_core.traits import VIRTUAL_TOKEN_BASE
+
+
+class _Change:
+    """One adapter's change, and the rows that it acts on."""
+
+    def __init__(self, place: slice | torch.Tensor, change: EmbeddingChange, device: torch.device) -> None:
+        self.place, self.change = place, change
+        self.token_ids = torch.tensor(change.token_ids, dtype=torch.int64, device=device)
 
 
 class EmbeddingHooks:
@@ -30,21 +38,22 @@ class EmbeddingHooks:
         parts: Sequence[SlotRows],
         forms: Mapping[int, AdapterForms],
         *,
-        is_input: bool,
+        has_virtual: bool,
     ) -> None:
-        """`is_input`: it embeds the tokens, so virtual tokens are its business."""
+        """`has_virtual`: it embeds the tokens, and there are virtual ones among those of the step."""
         self.table: torch.Tensor = module.get_parameter("weight")
         self.scale: Any = getattr(module, "embed_scale", 1.0)
         device = self.table.device
         self._changes = [
-            (row_index(part.rows, device), forms[part.slot].embeddings[path])
+            _Change(row_index(part.rows, device), forms[part.slot].embeddings[path], device)
             for part in parts
             if path in forms[part.slot].embeddings
         ]
-        virtual = [
-            part for part in parts if forms[part.slot].virtual is not None or forms[part.slot].prefix is not None
+        self._virtual = [
+            (row_index(part.rows, device), forms[part.slot].virtual)
+            for part in parts
+            if has_virtual and (forms[part.slot].virtual is not None or forms[part.slot].prefix is not None)
         ]
-        self._virtual = [(row_index(part.rows, device), forms[part.slot].virtual) for part in virtual if is_input]
         self._ids: torch.Tensor | None = None
 
     def before(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -55,10 +64,10 @@ class EmbeddingHooks:
         assert self._ids is not None
         ids, self._ids = self._ids, None
         rows = output.view(len(ids), -1)
-        for place, change in self._changes:
-            own = ids[place]
+        for change in self._changes:
+            own = ids[change.place]
             known = own.masked_fill(own >= VIRTUAL_TOKEN_BASE, 0)
-            rows[place] = (self.scale * changed_rows(known, self.table, change)).to(rows.dtype)
+            rows[change.place] = (self.scale * _changed_rows(known, self.table, change)).to(rows.dtype)
         for place, virtual in self._virtual:
             own, result = ids[place] - VIRTUAL_TOKEN_BASE, rows[place]
             is_virtual = own >= 0
@@ -68,15 +77,15 @@ class EmbeddingHooks:
         return output
 
 
-def changed_rows(ids: torch.Tensor, table: torch.Tensor, change: EmbeddingChange) -> torch.Tensor:
+def _changed_rows(ids: torch.Tensor, table: torch.Tensor, one: _Change) -> torch.Tensor:
     """[n, width] in the wider dtype, before the module's scale. ids: [n]."""
+    change = one.change
     source = table if change.replacement is None else change.replacement
     rows = embedding(ids.clamp(max=len(source) - 1), source)
     if change.down is not None and change.up is not None:
         rows = rows.to(torch.promote_types(rows.dtype, change.up.dtype))
     if change.rows is not None:
-        replaced = torch.tensor(change.token_ids, device=ids.device)
-        hits = ids[:, None] == replaced
+        hits = ids[:, None] == one.token_ids
         found = hits.any(1)
         rows = torch.where(found[:, None], change.rows[hits.int().argmax(1)].to(rows.dtype), rows)
     if change.down is not None and change.up is not None:

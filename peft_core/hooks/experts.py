@@ -2,7 +2,7 @@
 
 The base's experts run as they are, over all rows. Rows of adapters that change them are then computed again: sorted by
 expert and, within an expert, by adapter, so that a weight of the base is read once for all adapters. Few rows are
-padded to a multiple of `ROW_MULTIPLE`, so a row has the same bits whoever shares its expert.
+padded (`peft_core.kernels.invariance`), so a row has the same bits whoever shares its expert.
 
 The module is one of transformers' experts (`use_experts_implementation`): stacked weights, called with the rows, the
 chosen experts of each [rows, k] and their weights [rows, k].
@@ -14,7 +14,6 @@ Running example: two adapters on Mixtral, k = 2, rows 0 (adapter a) and 1 (adapt
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from peft_core.batch import SlotRows
 from peft_core.forms import AdapterForms, ExpertDelta
-from peft_core.kernels.changes import ROW_MULTIPLE, invariant_product
+from peft_core.hooks.bare import without_hooks
+from peft_core.kernels.invariance import invariant_product, padded_rows
 from peft_core.kernels.vectors import row_index
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Any]  # registered with `with_kwargs`
@@ -68,12 +68,11 @@ def router_hook(module: nn.Module, path: str, parts: Sequence[SlotRows], forms: 
     Args:
         path: of the module.
     """
-    bare: Any = copy.copy(module)  # the model's own routing, without the hook that is to call it
-    bare._forward_hooks, bare._forward_hooks_with_kwargs, bare._forward_pre_hooks = {}, {}, {}
+    bare = without_hooks(module)
     base = module.get_parameter("weight")
     block = f"{path.rpartition('.')[0]}."
     own = [
-        (row_index(part.rows, base.device), deltas_at(forms[part.slot], path).get("weight"))
+        (row_index(part.rows, base.device), _added(base, deltas_at(forms[part.slot], path).get("weight")))
         for part in parts
         if any(name.startswith(block) for name in forms[part.slot].experts)
     ]
@@ -82,10 +81,9 @@ def router_hook(module: nn.Module, path: str, parts: Sequence[SlotRows], forms: 
         x = next(iter((*args, *kwargs.values())))
         x = x.reshape(-1, x.shape[-1])
         results = output if isinstance(output, tuple) else (output,)
-        for rows, delta in own:
-            weight = base if delta is None else (base + delta.up[0] @ delta.down[0]).to(base.dtype)
+        for rows, weight in own:
             inputs = x[rows]
-            again = torch.func.functional_call(bare, {"weight": weight}, (_padded(inputs),))
+            again = torch.func.functional_call(bare, {"weight": weight}, (padded_rows(inputs),))
             for result, new in zip(results, again if isinstance(again, tuple) else (again,), strict=True):
                 if isinstance(result, torch.Tensor):
                     result.view(len(x), -1)[rows] = new[: len(inputs)].view(len(inputs), -1)
@@ -147,7 +145,7 @@ class _AdaptedRows:
     def _expert(self, inputs: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
         """One expert over the rows of all adapters that sent rows to it: [pairs, hidden_size] -> the same, wide."""
         module, start, end = self._module, groups[0].start, groups[-1].end
-        x = _padded(inputs[start:end])
+        x = padded_rows(inputs[start:end])
         hidden = self._product(self._first, x, x.dtype, groups)
         hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
         y = self._product(_DOWN, hidden, x.dtype, groups)
@@ -178,9 +176,9 @@ def _by_expert(groups: Sequence[_Group]) -> list[list[_Group]]:
     return list(experts.values())
 
 
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """x: [n, width] with as many rows of zeros as make whole vectors."""
-    return pad(x, (0, 0, 0, -len(x) % ROW_MULTIPLE))
+def _added(base: torch.Tensor, delta: ExpertDelta | None) -> torch.Tensor:
+    """The router's weight with an adapter's addition; it is small, so it is made whole."""
+    return base if delta is None else (base + delta.up[0] @ delta.down[0]).to(base.dtype)
 
 
 def _routed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

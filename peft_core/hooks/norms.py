@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from peft_core.batch import SlotRows
 from peft_core.forms import AdapterForms
+from peft_core.hooks.bare import without_hooks
 from peft_core.kernels.vectors import vectors_by_row
 
 
@@ -75,8 +75,7 @@ def _norm_with_rows_of_weights(module: nn.Module) -> Norm:
     if isinstance(module, nn.RMSNorm):
         shape, root_epsilon = list(module.normalized_shape), module.eps
         return lambda x, weight, bias: rms_norm(x, shape, None, root_epsilon) * weight
-    bare: Any = copy.copy(module)  # the model's own formula, without the hook that is to call it
-    bare._forward_hooks, bare._forward_pre_hooks = {}, {}
+    bare = without_hooks(module)
 
     def own(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}

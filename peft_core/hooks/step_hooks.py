@@ -43,10 +43,11 @@ class StepHooks:
             handle.remove()
         self._handles = []
 
-    def install(self, parts: Sequence[SlotRows], num_rows: int, add_products: Any) -> None:
+    def install(self, parts: Sequence[SlotRows], num_rows: int, add_products: Any, *, has_virtual: bool) -> None:
         """Replace the hooks by those that `parts` need.
 
         Args:
+            has_virtual: there are virtual tokens in the step; a decoding row of their adapter needs no hook for them.
             add_products: (group, u, y, between) -> None, the low-rank products of the step in progress.
         """
         self.remove()
@@ -54,7 +55,7 @@ class StepHooks:
         for path in _paths(forms, "norms"):
             module, row_dim = self._modules[path], self._spec.norms[path].row_dim
             self._handles.append(module.register_forward_hook(norm_hook(module, path, row_dim, parts, forms)))
-        self._install_embeddings(parts, forms)
+        self._install_embeddings(parts, forms, has_virtual=has_virtual)
         self._install_experts(parts, forms)
         for path in _paths(forms, "bottlenecks"):
             products = partial(add_products, self._groups[path])
@@ -76,13 +77,16 @@ class StepHooks:
             hook = (router_hook if is_router else experts_hook)(self._modules[path], path, parts, forms)
             self._handles.append(self._modules[path].register_forward_hook(hook, with_kwargs=True))
 
-    def _install_embeddings(self, parts: Sequence[SlotRows], forms: Mapping[int, AdapterForms]) -> None:
+    def _install_embeddings(
+        self, parts: Sequence[SlotRows], forms: Mapping[int, AdapterForms], *, has_virtual: bool
+    ) -> None:
         paths = set(_paths(forms, "embeddings"))
-        if any(one.virtual is not None or one.prefix is not None or one.vocab_size for one in forms.values()):
+        if has_virtual or any(one.vocab_size for one in forms.values()):
             paths.add(self._input_path)
         for path in sorted(paths):
             module = self._modules[path]
-            hooks = EmbeddingHooks(module, path, parts, forms, is_input=path == self._input_path)
+            embeds_virtual = has_virtual and path == self._input_path
+            hooks = EmbeddingHooks(module, path, parts, forms, has_virtual=embeds_virtual)
             self._handles.append(module.register_forward_pre_hook(hooks.before))
             self._handles.append(module.register_forward_hook(hooks.after))
 

@@ -2,8 +2,8 @@
 
 Gains and shifts are laid out by row, one multiplication or addition for all adapters of the step together. Changed
 inputs are stacked below the unchanged ones, so that the base's weights are still read once. Matrices (rotations, dense
-and Kronecker products, replaced weights) are multiplied adapter by adapter, few rows padded to a multiple of
-`ROW_MULTIPLE`: from that many on, a row has the same bits whatever their number.
+and Kronecker products, replaced weights) are multiplied adapter by adapter, so that a row has the same bits whatever
+the number of rows (`peft_core.kernels.invariance`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.nn.functional import linear, pad
 from peft_core.batch import SlotRows
 from peft_core.forms import AdapterForms, HeadRows, SiteChange
 from peft_core.kernels.base_product import BaseProduct
+from peft_core.kernels.invariance import invariant_product, padded_rows
 from peft_core.kernels.vectors import Vectors, add, multiply, row_index, vectors_by_row
 from peft_core.residency import Residency
 from peft_core.sites import SiteGroup
 
-ROW_MULTIPLE = 16
 Rows = slice | torch.Tensor
 
 
@@ -35,6 +35,15 @@ class _MemberChange:
 
 
 @dataclass(frozen=True, slots=True)
+class _ReplacedRows:
+    """One adapter's rows of the head."""
+
+    rows: Rows
+    token_ids: torch.Tensor  # [n] int64, on the device
+    weights: torch.Tensor  # [n, in_features]
+
+
+@dataclass(frozen=True, slots=True)
 class GroupChange:
     """Everything that this step's adapters change at one group."""
 
@@ -43,7 +52,7 @@ class GroupChange:
     gains: tuple[Vectors, ...]  # [rows, sum(out_features)]
     shifts: tuple[Vectors, ...]
     products: tuple[_MemberChange, ...]  # replacement, turn, dense, kron
-    head_rows: tuple[tuple[Rows, HeadRows], ...]
+    head_rows: tuple[_ReplacedRows, ...]
     width: int  # outputs; more than the group's where an adapter brings a larger vocabulary
 
 
@@ -71,7 +80,7 @@ class SiteChanges:
             if path in forms[part.slot].changes
         ]
         heads = [
-            (row_index(part.rows, device), forms[part.slot].head_rows[group.leader])
+            _replaced_rows(row_index(part.rows, device), forms[part.slot].head_rows[group.leader], device)
             for part in parts
             if group.leader in forms[part.slot].head_rows
         ]
@@ -100,7 +109,9 @@ class SiteChanges:
         """
         y = self._base(group, base, x, change)
         dtype = torch.promote_types(y.dtype, self.residency.dtype)
-        y = pad(y, (0, change.width - y.shape[1]), value=-torch.inf).to(dtype)
+        if change.width > y.shape[1]:
+            y = pad(y, (0, change.width - y.shape[1]), value=-torch.inf)
+        y = y.to(dtype)
         wide_x = x.to(dtype)
         for one in change.products:
             if one.change.replacement is not None:
@@ -111,8 +122,8 @@ class SiteChanges:
             _add_products(y, wide_x, group, one)
         for shift in change.shifts:
             add(y, shift)
-        for rows, head in change.head_rows:
-            _replace_rows(y, wide_x, base, rows, head)
+        for head in change.head_rows:
+            _replace_rows(y, wide_x, base, head)
         return y
 
     def _base(self, group: SiteGroup, base: BaseProduct, x: torch.Tensor, change: GroupChange) -> torch.Tensor:
@@ -137,18 +148,12 @@ class SiteChanges:
         return result
 
 
-def invariant_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias, in which a row's bits do not depend on how many rows there are. x: [rows, in]."""
-    missing = -len(x) % ROW_MULTIPLE
-    return linear(pad(x, (0, 0, 0, missing)) if missing else x, weight, bias)[: len(x)]
-
-
 def _rotated(x: torch.Tensor, change: SiteChange) -> torch.Tensor:
     """x: [rows, in_features]."""
     assert change.rotation is not None
     blocks, size, _ = change.rotation.shape
     rotation = change.rotation.to(x.dtype)
-    split = pad(x, (0, 0, 0, -len(x) % ROW_MULTIPLE)).view(-1, blocks, size).transpose(0, 1)
+    split = padded_rows(x).view(-1, blocks, size).transpose(0, 1)
     return torch.bmm(split, rotation).transpose(0, 1).reshape(-1, blocks * size)[: len(x)]
 
 
@@ -167,12 +172,12 @@ def _has_product(change: SiteChange) -> bool:
     return any(part is not None for part in parts)
 
 
-def _width(group: SiteGroup, members: Sequence[_MemberChange], heads: Sequence[tuple[Rows, HeadRows]]) -> int:
+def _width(group: SiteGroup, members: Sequence[_MemberChange], heads: Sequence[_ReplacedRows]) -> int:
     """Of the group's outputs, or of the largest vocabulary that an adapter brings to the head."""
     widths = [sum(group.out_features)]
     if group.is_head:
         widths += [len(one.change.replacement) for one in members if one.change.replacement is not None]
-        widths += [max(rows.token_ids) + 1 for _, rows in heads]
+        widths += [int(head.token_ids.max()) + 1 for head in heads]
     return max(widths)
 
 
@@ -199,7 +204,7 @@ def _add_products(y: torch.Tensor, x: torch.Tensor, group: SiteGroup, one: _Memb
 
 def _kron(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """kron(left, right) @ x for each row, as left @ X @ right.T. x: [rows, i1 * i2], left [o1, i1], right [o2, i2]."""
-    rows = pad(x, (0, 0, 0, -len(x) % ROW_MULTIPLE)).view(-1, left.shape[1], right.shape[1])
+    rows = padded_rows(x).view(-1, left.shape[1], right.shape[1])
     inner = (rows.reshape(-1, right.shape[1]) @ right.T).view(len(rows), left.shape[1], -1)
     outer = linear(inner.transpose(1, 2).reshape(-1, left.shape[1]), left).view(len(rows), right.shape[0], -1)
     return outer.transpose(1, 2).reshape(len(rows), -1)[: len(x)]
@@ -210,12 +215,15 @@ def _turned(z: torch.Tensor, group: int) -> torch.Tensor:
     return torch.cat([-second, first], -1).flatten(-2)
 
 
-def _replace_rows(y: torch.Tensor, x: torch.Tensor, base: BaseProduct, rows: Rows, head: HeadRows) -> None:
-    ids = torch.tensor(head.token_ids, device=y.device)
-    logits = invariant_product(x[rows], head.rows.to(x.dtype))
+def _replaced_rows(rows: Rows, head: HeadRows, device: torch.device) -> _ReplacedRows:
+    return _ReplacedRows(rows, torch.tensor(head.token_ids, device=device), head.rows)
+
+
+def _replace_rows(y: torch.Tensor, x: torch.Tensor, base: BaseProduct, head: _ReplacedRows) -> None:
+    logits = invariant_product(x[head.rows], head.weights.to(x.dtype))
     bias = base.bias(0)
     if bias is not None:
-        logits = logits + pad(bias, (0, y.shape[1] - len(bias)))[ids]
-    own = y[rows]
-    own[:, ids] = logits.to(y.dtype)
-    y[rows] = own
+        logits = logits + pad(bias, (0, y.shape[1] - len(bias)))[head.token_ids]
+    own = y[head.rows]
+    own[:, head.token_ids] = logits.to(y.dtype)
+    y[head.rows] = own

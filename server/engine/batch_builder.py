@@ -22,6 +22,7 @@ import torch
 
 from peft_core.batch import WIDE_ROWS, AdapterBatch, RowAdapters, Segment
 from peft_core.forms import KVPrefix
+from peft_core.traits import VIRTUAL_TOKEN_BASE
 from server.engine.kv_cache import KVCache
 from server.engine.paged_attention import Chunk, DecodeBucket, PagedStep, PrefixRows
 from server.engine.sequence import BASE_SLOT, SequenceTable
@@ -90,9 +91,10 @@ class BatchBuilder:
         token_rows = np.repeat(rows, counts)
         units = table.blocks[token_rows, positions // table.block_size].astype(np.int64)
         in_block = positions % table.block_size
+        tokens = table.tokens[token_rows, positions]
         head = _head_rows(plan, table, order, firsts, ends)
         return StepBatch(
-            input_ids=self._tensor(table.tokens[token_rows, positions])[None],
+            input_ids=self._tensor(tokens)[None],
             position_ids=self._tensor(np.maximum(positions - table.position_offset[token_rows], 0))[None],
             paged=PagedStep(
                 cache=self.cache,
@@ -105,6 +107,7 @@ class BatchBuilder:
             adapters=AdapterBatch(
                 tokens=_row_adapters(int(ends[-1]), slots[order], counts - idle[order], firsts + idle[order]),
                 last=_head_adapters(head, slots, plan.starts + idle),
+                has_virtual=bool((tokens >= VIRTUAL_TOKEN_BASE).any()),
             ),
             head=head,
             fresh_units=self._tensor(units[in_block == 0]),

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from peft_core.forms import AdapterForms
+from peft_core.forms import AdapterForms, VirtualTokens
 from tests.plain_forms import applied
 from tests.random_forms import RandomForms
 from tests.tiny_engine import Answer, Ask, TinyEngine, assert_equals_oracle, oracle_logits, relative_error
@@ -76,3 +76,19 @@ def test_a_step_of_low_rank_adapters_has_no_hook(tmp_path: Path) -> None:
     assert hooks.num_installed
     engine.run([Ask("lora", random_prompt(5, seed=1), lora)])
     assert not hooks.num_installed
+
+
+def test_a_decode_step_of_virtual_tokens_has_no_hook(tmp_path: Path) -> None:
+    """Their rows and their keys and values are needed while they are computed, and never again."""
+    engine = TinyEngine(make_model("llama", seed=1), tmp_path)
+    random = RandomForms(engine.spec, seed=2)
+    ticket = engine.add_forms("virtual", AdapterForms(virtual=VirtualTokens(random.normal(1, 5, 64))))
+    hooks = cast(Any, engine.engine)._runner.active.hooks
+    installed: list[int] = []
+    answers = {"a": Answer()}
+    engine.submit(Ask("a", random_prompt(5, seed=1), ticket))
+    while engine.engine.has_work:
+        engine.step_into(answers)
+        installed.append(hooks.num_installed)
+    assert max(installed) == 2
+    assert installed[-3:] == [0, 0, 0]
