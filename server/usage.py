@@ -87,8 +87,8 @@ class UsageLedger:
     def _run(self) -> None:
         while True:
             self._has_news.wait()
+            self._has_news.clear()  # before the look at `_is_closing`, whose news would be lost else
             is_last = self._is_closing.is_set()
-            self._has_news.clear()
             with self._lock:
                 group, self._pending = self._pending, {}
             if group and not self._wrote(group):

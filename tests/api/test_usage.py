@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -79,6 +80,21 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     wait_for(lambda: read_usage(tmp_path) == {SQL: ONE + ONE})
     ledger.close()
     assert sum(path.read_bytes().count(b"\n") for path in tmp_path.iterdir()) <= 2, "no half of a line stays"
+
+
+def test_a_ledger_that_is_closed_while_it_takes_its_news_ends(tmp_path: Path) -> None:
+    ledger = UsageLedger(tmp_path)
+
+    class ClosedMeanwhile(threading.Event):
+        def clear(self) -> None:
+            ledger._is_closing.set()
+            self.set()
+            super().clear()
+
+    news, ledger._has_news = ledger._has_news, ClosedMeanwhile()
+    news.set()  # the thread wakes, and hears of the end in that very moment
+    ledger._thread.join(5)
+    assert not ledger._thread.is_alive()
 
 
 _WRITER = """
