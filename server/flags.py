@@ -28,7 +28,7 @@ from server.settings import GROUPS, Settings
 
 ENV_PREFIX = "VENEER_"
 # Read by other commands, never settings of the server.
-_OTHER_ENV = {"VENEER_CONFIG", "VENEER_URL"}
+_OTHER_ENV = {"VENEER_CONFIG", "VENEER_URL", "VENEER_SOURCE_TOKEN"}
 _VLLM_ENV = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "allow_runtime_lora_updating"}
 # Kubernetes sets these in every pod when a Service is called "veneer"; VENEER_PORT is then "tcp://...".
 _SERVICE_LINK = re.compile(r"VENEER_(SERVICE_.*|PORT_\d+_.*)")

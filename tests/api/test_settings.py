@@ -78,6 +78,11 @@ def test_service_links_of_kubernetes_are_no_settings() -> None:
     assert read_settings([], links).settings.port == 8000
 
 
+def test_variables_of_other_commands_do_not_stop_a_server() -> None:
+    environ = {"VENEER_URL": "http://127.0.0.1:9", "VENEER_SOURCE_TOKEN": "hf_x", "VENEER_PORT": "9"}
+    assert read_settings([], environ).settings.port == 9
+
+
 def test_keys_are_never_shown() -> None:
     layered = read_settings(["--api-key", "hunter2", "--admin-api-key", "correcthorse"], {})
     assert changed(layered) == "api_key=******** (--api-key), admin_api_key=******** (--admin-api-key)"
