@@ -41,7 +41,7 @@ class AuditResource(BaseModel):
 
 
 class Audit:
-    """The log of one server's store; entries before it is open are told in the server's own log alone."""
+    """The log of one server's store; before it is open no request changes anything."""
 
     def __init__(self) -> None:
         self._log: AuditLog | None = None
