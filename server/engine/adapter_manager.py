@@ -83,16 +83,13 @@ class AdapterManager:
         return len(self._device.records) - self.num_loading
 
     @property
-    def num_flights(self) -> int:
-        """Reads that have not ended, to the device or to the host tier."""
-        return self.num_loading + len(self._warming)
+    def has_work(self) -> bool:
+        """A read has not ended, or a change of residency is not told: call `poll` and `take_events`."""
+        return bool(self.num_loading or self._warming or self._device.events)
 
     @property
     def num_pins(self) -> int:
         return sum(record.num_pins for record in self._device.records.values())
-
-    def is_loading(self, key: str) -> bool:
-        return self.load_started(key) is not None
 
     def load_started(self, key: str) -> int | None:
         """The step in which the load that is going on began; None if there is none."""
@@ -179,8 +176,16 @@ class AdapterManager:
         Raises:
             NoRoomForAdapter: together they are too large; nothing is changed.
         """
-        self._review(self._kept.replace(tickets, self.units_of))
-        self._load_kept()
+        changed = self._kept.replace(tickets, self.units_of)
+        self._kept.absent = {k: t for k, t in self._kept.tickets.items() if k not in self._device.records}
+        self._review(changed)
+        self.load_kept()
+
+    def load_kept(self) -> None:
+        """Start the loads of kept adapters that are not here, as far as there is room."""
+        for ticket in self._kept.lacking():
+            if self._failures.recent(ticket.key) is None:
+                self._start(ticket)
 
     def yield_kept(self) -> bool:
         """Nothing can run: let kept adapters go until somebody got in. False if that gives nothing."""
@@ -192,7 +197,7 @@ class AdapterManager:
         return True
 
     def resume_kept(self) -> None:
-        """Somebody got in: kept adapters stay again."""
+        """Somebody got in, or nobody waits any more: kept adapters stay again."""
         if self._kept.is_yielding:
             self._kept.is_yielding = False
             self._review(self._kept.tickets)
@@ -247,9 +252,8 @@ class AdapterManager:
 
     def poll(self) -> None:
         """Take over the reads that ended: bind the good ones to slots, remember why the others failed."""
-        if self._kept.tickets:
-            self._load_kept()
-        if not self.num_flights:
+        self.load_kept()
+        if not self.num_loading and not self._warming:
             return
         for read in self.reader.poll():
             self._num_visited += 1
@@ -331,11 +335,6 @@ class AdapterManager:
             self._device.events.append(AdapterEvent(ticket.key, ticket.name, AdapterState.HOST.value, ""))
         else:
             self._remember_failure(ticket, read.error)
-
-    def _load_kept(self) -> None:
-        for key, ticket in self._kept.tickets.items():
-            if self._kept.holds(key) and key not in self._device.records and self._failures.recent(key) is None:
-                self._start(ticket)
 
     def _review(self, keys: Iterable[str]) -> None:
         """Whether these are kept may have changed: evictable or not, where nobody runs on them."""

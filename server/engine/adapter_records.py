@@ -90,11 +90,9 @@ class UseBook:
         past = self._gone.pop(key, None)
         self._uses[key] = (0.0, 0) if past is None else (past.uses, past.tick)
 
-    def count(self, key: str, tick: int) -> float:
-        """One more use; the count with it."""
-        uses = self.at(key, tick) + 1.0
-        self._uses[key] = (uses, tick)
-        return uses
+    def count(self, key: str, tick: int) -> None:
+        """One more use."""
+        self._uses[key] = (self.at(key, tick) + 1.0, tick)
 
     def at(self, key: str, tick: int) -> float:
         uses, last = self._uses[key]

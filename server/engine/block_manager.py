@@ -190,9 +190,11 @@ class BlockManager:
         self._idle_runs.move_to_end(first)
 
     def cheapest_idle_run(self) -> int | None:
-        """First unit of the idle run with the least loss a unit, among those that were used longest ago."""
+        """First unit of the idle run with the least loss a unit, among those that were used longest ago. One that was
+        used in this tick comes after all others: somebody is about to run on it.
+        """
         oldest = itertools.islice(self._idle_runs.values(), _NUM_COMPARED)
-        best = min(oldest, key=lambda run: self._loss(run) / run.num_units, default=None)
+        best = min(oldest, key=lambda run: (run.last_used == self.tick, self._loss(run) / run.num_units), default=None)
         return None if best is None else best.first
 
     def free_run(self, first: int) -> None:

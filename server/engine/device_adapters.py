@@ -75,6 +75,7 @@ class DeviceAdapters:
         tick = self._blocks.tick
         record = AdapterRecord(ticket, AdapterState.LOADING, first_unit, num_units, self._clock(), tick)
         self.records[ticket.key] = record
+        self._kept.absent.pop(ticket.key, None)
         self.uses.arrive(ticket.key)
         self._by_first_unit[first_unit] = record
         self._num_units += num_units
@@ -132,6 +133,8 @@ class DeviceAdapters:
         require_agreement(self.records, self._blocks, self.slots, set(self._idle), pins_by_key, kept)
         counted = (sum(r.num_units for r in self.records.values()), len(self.records) - len(self.slots.by_key()))
         assert counted == (self._num_units, self.num_loading), "adapters: units or loads are miscounted"
+        absent = self._kept.tickets.keys() - self.records.keys()
+        assert self._kept.absent.keys() == absent, "adapters: the list of absent kept ones is wrong"
 
     def _make_room_in_budget(self, num_units: int) -> bool:
         if self._max_units == self._blocks.num_units:
@@ -159,7 +162,10 @@ class DeviceAdapters:
         self._tell(record, AdapterState.HOST if self._is_in_host(key) else AdapterState.DISK, reason)
 
     def _forget(self, record: AdapterRecord, reason: str) -> None:
-        del self.records[record.ticket.key]
+        key = record.ticket.key
+        del self.records[key]
+        if key in self._kept.tickets:
+            self._kept.absent[key] = record.ticket
         del self._by_first_unit[record.first_unit]
         self.uses.leave(record, reason)
         self._num_units -= record.num_units

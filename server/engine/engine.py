@@ -81,8 +81,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Something is accepted and not ended, or an adapter is being loaded: call `step` again."""
-        return bool(self._live) or self._adapters.num_flights > 0
+        """Something is accepted and not ended, an adapter is loading, or a change is not told: call `step` again."""
+        return bool(self._live) or self._adapters.has_work
 
     def submit(self, request: EngineRequest) -> None:
         """Accept the request: from now on it ends in exactly one of finished, aborted and failed.
@@ -153,6 +153,8 @@ class Engine:
         if len(plan.rows):
             self._run(plan, output)
             self._totals.last_step_s = self._clock() - started_s
+        if not self._live:
+            self._adapters.load_kept()  # there may be no further step that would
         output.adapter_events = self._adapters.take_events()
         return output
 

@@ -15,9 +15,14 @@ class KeptAdapters:
 
     def __init__(self, max_units: int, unit_bytes: int) -> None:
         self.tickets: dict[str, AdapterTicket] = {}
+        self.absent: dict[str, AdapterTicket] = {}  # those without units of the pool: what a step has to look at
         self.is_yielding = False
         self._room_units = int(max_units * KEPT_SHARE)
         self._unit_bytes = unit_bytes
+
+    def lacking(self) -> list[AdapterTicket]:
+        """Those to be loaded as soon as there is room."""
+        return [] if self.is_yielding else list(self.absent.values())
 
     def holds(self, key: str) -> bool:
         """Whether it must not be evicted now."""

@@ -193,9 +193,9 @@ class Scheduler:
                 break
             elif verdict is not _Verdict.FAILED and self._holds_others(sequence, verdict):
                 break
-        if new_rows:
+        if new_rows or not head:
             self._adapters.resume_kept()
-        elif head and not self.table.num_active and not self._adapters.num_loading:
+        elif not self.table.num_active and not self._adapters.num_loading:
             self._adapters.yield_kept()  # who waits may need just their room, and nobody else will leave
         rows = np.concatenate((rows, np.array(new_rows, np.int32)))
         return rows, np.concatenate((counts, np.array(new_counts, np.int32)))

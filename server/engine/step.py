@@ -70,7 +70,7 @@ class Residency(Protocol):
 
 
 class ImageRead(NamedTuple):
-    """A finished read: exactly one of `header` and `error` is given, and neither for one that went to the host only."""
+    """A finished read. One to the device has either a header or an error, one to the host only at most an error."""
 
     key: str
     header: dict[str, Any] | None

@@ -156,10 +156,54 @@ def test_kept_adapters_yield_to_a_request_that_could_otherwise_never_run() -> No
     bench.run(ask("long", list(range(1, 25)), max_new_tokens=4))
     assert len(bench.answers["long"]) == 4
     assert bench.adapters.evictions["kept"] == 1
-    for _ in range(3):
-        bench.step()
-    assert here(bench) == {"kept"}, "back once there is room"
+    assert here(bench) == {"kept"}, "back with the last of the steps that were due: an idle engine makes none"
     bench.engine.check_integrity()
+
+
+def test_kept_adapters_come_back_when_whom_they_yielded_to_is_gone_before_it_ran() -> None:
+    bench = Bench(num_units=8, max_model_len=64)
+    bench.adapters.keep([ticket("kept", 4)])
+    settle(bench)
+    bench.engine.submit(ask("long", list(range(1, 25)), max_new_tokens=4))
+    assert bench.adapters.yield_kept()
+    bench.engine.abort("long")
+    bench.run()
+    use(bench, "a")
+    use(bench, "b")
+    use(bench, "c")
+    assert "kept" in here(bench), "nobody waits for its room"
+    bench.engine.check_integrity()
+
+
+def test_a_step_looks_at_kept_adapters_only_where_they_are_absent() -> None:
+    bench = Bench(num_units=32)
+    bench.adapters.keep([ticket(name, 1) for name in "abcdefgh"])
+    settle(bench)
+    assert not bench.adapters._kept.lacking()
+    bench.adapters.keep([ticket(name, 1) for name in "abcdefghi"])
+    bench.reader.broken[ticket("i").key] = "truncated"
+    settle(bench)
+    assert [one.name for one in bench.adapters._kept.lacking()] == ["i"]
+    bench.adapters.check_integrity({})
+
+
+def test_an_eviction_on_an_idle_engine_is_told() -> None:
+    bench = Bench()
+    use(bench, "a")
+    bench.run()
+    bench.adapters.evict(ticket("a").key)
+    bench.run()
+    assert [event.reason for event in bench.outputs[-1].adapter_events] == ["asked"]
+
+
+def test_the_budget_gives_up_an_older_adapter_rather_than_a_cheaper_one_of_this_step() -> None:
+    bench = Bench(num_units=16, max_adapter_bytes=6 * UNIT_BYTES)
+    use(bench, "dear", 2, times=12)
+    use(bench, "next", 4)
+    bench.adapters.prefetch(ticket("next", 4))  # its turn is soon: used in this step
+    bench.adapters.prefetch(ticket("new", 2))
+    settle(bench)
+    assert here(bench) == {"next", "new"}
 
 
 def _most_overtaken(bound: int) -> int:
