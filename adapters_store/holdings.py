@@ -49,6 +49,7 @@ class Holdings:
         self._reading = threading.Lock()  # held for the moment of touching the index
         self._process = uuid.uuid4().hex[:16]
         self._index = Index()
+        self._unread: set[str] | None = None  # names whose files may have changed since they were read; None: all
         try:
             self.locks = StoreLocks(self.layout.locks)
             self.locks.share(self._process)
@@ -162,28 +163,42 @@ class Holdings:
     def _catch_up(self) -> None:
         try:
             names = self._journal.poll()
-            if names is None:
+            if names is None or self._unread is None:
                 self._read_all()
             else:
-                for name in names:
-                    self._read(name)
+                self._unread |= names
+                self._read_unread(self._unread)
         except OSError as error:
             if not self.layout.is_open:
                 raise
             logger.error("changes of other processes cannot be read: %s", error)
 
     def _read_all(self) -> None:
+        self._unread = None  # should one of the next two fail
         self._journal.jump()
         names = self.layout.names()
+        self._unread = set(names)
+        self._index.clear_unlisted(names)
         is_collecting = gc.isenabled()
         gc.disable()  # all that is read stays; to look for garbage among it takes as long as reading it
         try:
-            for name in names:
-                self._read(name)
+            self._read_unread(self._unread)
         finally:
             if is_collecting:
                 gc.enable()
-        self._index.clear_unlisted(names)
+
+    def _read_unread(self, names: set[str]) -> None:
+        """Takes what could be read out of `names`. Raises OSError after the last if one could not."""
+        failure: OSError | None = None
+        for name in sorted(names):
+            try:
+                self._read(name)
+            except OSError as error:
+                failure = error
+            else:
+                names.discard(name)
+        if failure is not None:
+            raise failure
 
     def _read(self, name: str) -> None:
         disk = read_name(self.layout, name, self._index.disk(name).versions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store import journal, on_disk
+from adapters_store import holdings, journal, on_disk
 from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterNotFound, StoreBusy, VersionNotFound
 from adapters_store.images import StagedImage
@@ -198,6 +199,22 @@ def test_who_fell_behind_reads_everything_again(
     commit(other, "name-3", 1)
     assert catalog.num_adapters == 9
     assert number_of(catalog, "name-3") == 2
+
+
+def test_what_could_not_be_read_is_read_at_the_next_look(
+    catalog: Catalog, other: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    commit(catalog, "sql", 1)
+    assert number_of(other, "sql") == 1
+    commit(catalog, "sql", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(holdings, "read_name", fail)
+        assert number_of(other, "sql") == 1
+    assert "cannot be read" in caplog.text
+    assert number_of(other, "sql") == 2
 
 
 def test_a_change_that_was_cut_short_is_settled_by_the_next(catalog: Catalog, other: Catalog, store: Path) -> None:
