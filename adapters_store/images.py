@@ -130,24 +130,26 @@ class ImageShelf:
         effect = _hex(effect_digest)
         with self._lock:
             variants = sorted(self._variants)
-            for variant in variants:
-                self._images.pop((effect, variant), None)
+            gone = [self._images.pop((effect, variant), None) for variant in variants]
+            self.num_bytes -= sum(image.file_bytes for image in gone if image is not None)
         for variant in variants:
             self._remove_files(effect, variant)
 
     def keep_only(self, effect_digests: set[str]) -> None:
         """Removes every image of an effect that is not among these, and every stray file."""
         wanted = {_hex(digest) for digest in effect_digests}
-        with self._lock:
+        shelved = list(self._sidecars())  # of other processes too
+        with self._lock:  # not while the directory is listed: who looks for an image waits for it
             for key in [key for key in self._images if key[0] not in wanted]:
                 del self._images[key]
-            for key in list(self._sidecars()):  # of other processes too
+            for key in shelved:
                 if key not in self._images and key[0] in wanted:
                     self._recall(*key)
         for entry in list(os.scandir(self._directory)):
             match = _NAME.fullmatch(entry.name)
             if match is None or (match[1], match[2]) not in self._images:
                 remove(Path(entry.path))
+        self.survey()
 
     def _sidecars(self) -> Iterator[tuple[str, str]]:
         for entry in os.scandir(self._directory):

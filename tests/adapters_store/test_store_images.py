@@ -89,6 +89,18 @@ def test_the_image_of_a_pinned_adapter_stays(catalog: Catalog) -> None:
     assert left(path) == [True]
 
 
+def test_what_goes_with_its_adapter_is_not_counted_any_more(catalog: Catalog) -> None:
+    shelve(catalog, "a", 1)
+    shelve(catalog, "b", 2)
+    catalog.delete("a")
+    assert catalog.shelf.num_bytes == SIZE
+    (catalog.root / "images" / f"{'0' * 64}-older.img").write_bytes(bytes(SIZE))
+    catalog.shelf.survey()
+    assert catalog.shelf.num_bytes == 2 * SIZE
+    catalog.upkeep.collect()
+    assert catalog.shelf.num_bytes == SIZE
+
+
 def test_images_of_other_bases_and_packers_go_by_their_age(catalog: Catalog) -> None:
     stray = catalog.root / "images" / f"{'0' * 64}-older.img"
     path = shelve(catalog, "a", 1)
