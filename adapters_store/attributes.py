@@ -10,7 +10,7 @@ from typing import Any
 
 from adapters_store.errors import InvalidAttribute, StoreDamaged
 
-MAX_LABELS = 64
+_MAX_LABELS = 64
 _LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", re.ASCII)
 _MAX_LABEL_LENGTH = 256
 _MAX_DESCRIPTION_LENGTH = 4096
@@ -56,8 +56,8 @@ class Attributes:
 
 def check_attributes(attributes: Attributes) -> Attributes:
     """The attributes themselves. Raises InvalidAttribute saying which rule they break."""
-    if len(attributes.labels) > MAX_LABELS:
-        raise InvalidAttribute(f"{len(attributes.labels)} labels; an adapter has at most {MAX_LABELS}.")
+    if len(attributes.labels) > _MAX_LABELS:
+        raise InvalidAttribute(f"{len(attributes.labels)} labels; an adapter has at most {_MAX_LABELS}.")
     for key, value in attributes.labels.items():
         if not _LABEL_KEY.fullmatch(key) or len(value) > _MAX_LABEL_LENGTH or not value.isprintable():
             raise InvalidAttribute(

@@ -18,6 +18,7 @@
     │   ├── BlobNotFound      no file of that digest was sent
     │   └── AliasNotFound
     ├── AdapterExists         the caller wanted to create, and it is there
+    ├── PreconditionFailed    the adapter is not as the caller expects it to be
     ├── AliasInUse            a version cannot be deleted while an alias points to it
     ├── NothingToRollBack     no earlier meaning of the alias is still there
     └── StoreUnusable

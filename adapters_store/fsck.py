@@ -29,7 +29,6 @@ from adapters_store.on_disk import OnDisk, read_name
 from adapters_store.record import StoredFile
 from adapters_store.schema import MARKER
 
-_CHUNK_BYTES = 1 << 20
 _REMOVABLE = ("alias_damaged", "attributes_damaged", "blob_damaged")
 
 
@@ -197,8 +196,5 @@ class _Examination:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ _NUM_KEPT_SEGMENTS = 2  # a reader that is farther behind reads the whole store 
 
 
 class Journal:
-    """Not thread-safe. `begin`, `end` and `settle` only under the lock of changes."""
+    """Not thread-safe. `begin` and `end` only under the lock of changes."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

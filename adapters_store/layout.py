@@ -6,10 +6,13 @@
     aliases/<name>/<alias>.json     what an alias means and meant, see `alias.py`
     attributes/<name>.json          labels, pins and the like, see `attributes.py`
     tombstones/<name>.json          {"versions": [1, 2]}: numbers that are gone and never come back
+    rules/<name>/<alias>.json       what has to hold before and after an alias moves, see `alias_rules.py`
+    audit.jsonl                     who changed what, for people, see `audit_log.py`
     changes/<n>                     who changed what, for other processes, see `journal.py`; may be lost
     blobs/sha256/<hex>              the bytes of files, each content once
     images/<effect>-<variant>.img   packed images, and beside each a small .json; all may be lost
     staging/<process>-<upload>/     uploads in progress
+    received/<hex>                  files sent ahead of their upload, see `pending.py`; gone a day after the last use
     warm/<host>-<base>.json         what was on the device of a host, for its next start; may be lost
 
 A name's slash is written `%2F`, so adapter "a" and adapter "a/1.json" never meet in one directory.

@@ -157,7 +157,7 @@ class AdapterRecord:
 
     @property
     def default(self) -> AdapterVersion | None:
-        """What the bare name means; the latest version where the alias `default` is not set."""
+        """What the bare name means; where it means nothing, for want of the alias `default`, the latest version."""
         number = self.aliases.get(DEFAULT_ALIAS)
         return next((version for version in self.versions if version.version == number), self.latest)
 

@@ -120,8 +120,8 @@ class Upkeep:
         """All of the above, for every adapter."""
         self.expire()
         with self._holdings.reading() as index:
-            fewest = min([found.keep_versions or 1 for found in index.attributes().values()], default=None)
-            keep = min((number for number in (fewest, self._keep_versions) if number is not None), default=None)
+            said = (self._keep_versions, *(found.keep_versions for found in index.attributes().values()))
+            keep = min((number for number in said if number is not None), default=None)
             names = [] if keep is None else index.names_with_more_than(keep)
         for name in names:
             self.prune(name)
