@@ -187,6 +187,13 @@ def test_another_rank_in_the_config_is_told(name: str, loaded: Loaded) -> None:
     assert checked(config | {field: "four"}, tensors).field == field
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith(("poly", "unilora"))])
+def test_a_start_that_peft_does_not_know_is_told(name: str, loaded: Loaded) -> None:
+    """What a targeted module without tensors would be depends on it."""
+    config, tensors = loaded(name)
+    assert checked(config | {"init_weights": "twisted"}, tensors).field == "init_weights"
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_another_base_is_told(name: str, loaded: Loaded) -> None:
     config, tensors = loaded(name)

@@ -54,7 +54,7 @@ def plan_deft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
     if method not in ("relu", "qr"):
         refuse("decomposition_method", method, 'known here: "relu" and "qr". Train with one of them.')
     only_removes = ledger.use_flag("para")
-    starts_random = ledger.use("init_weights", True) is False or only_removes
+    starts_random = not ledger.use_flag("init_weights", True) or only_removes
     ledger.set_aside(_IRRELEVANT)
     ledger.close()
     suffixes = (DIRECTIONS,) if only_removes else (DIRECTIONS, INJECTION)

@@ -49,7 +49,7 @@ def plan_delora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) 
     ledger.refuse_unless_off({"alpha_pattern": "DeLoRA has no alpha. Remove the field."})
     tuner = read_tuner_config(ledger, has_patterns=True, biases=("all", "delora_only"))
     default_rank = ledger.use_count("r") or _DEFAULT_RANK
-    starts_random = ledger.use("init_weights", True) is not True
+    starts_random = not ledger.use_flag("init_weights", True)
     ledger.set_aside(_IRRELEVANT)
     ledger.close()
     file = sort_tuner_file(header, spec, suffixes=SUFFIXES)

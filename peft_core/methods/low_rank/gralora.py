@@ -53,7 +53,7 @@ def plan_gralora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec)
     blocks = ledger.use_count("gralora_k") or _DEFAULT_BLOCKS
     alpha = ledger.use_number("alpha", _DEFAULT_ALPHA)
     hybrid = whole_number(ledger, "hybrid_r", 0)
-    starts_random = ledger.use("init_weights", True) is False
+    starts_random = not ledger.use_flag("init_weights", True)
     ledger.set_aside({"gralora_dropout": "dropout is off at inference"})
     ledger.close()
     if rank % blocks:

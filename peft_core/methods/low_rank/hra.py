@@ -46,7 +46,7 @@ def plan_hra(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> 
     tuner = read_tuner_config(ledger, biases=("all", "hra_only"))
     rank = ledger.use_count("r") or _DEFAULT_RANK
     is_orthogonal = ledger.use_flag("apply_GS")
-    starts_random = ledger.use("init_weights", True) is False or rank % 2 == 1
+    starts_random = not ledger.use_flag("init_weights", True) or rank % 2 == 1
     ledger.close()
     file = sort_tuner_file(header, spec, suffixes=(DIRECTIONS,))
 

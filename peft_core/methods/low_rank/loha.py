@@ -51,7 +51,7 @@ def plan_loha(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
     tuner = read_tuner_config(ledger, has_patterns=True)
     default_rank = ledger.use_count("r") or _DEFAULT_RANK
     default_alpha = ledger.use_number("alpha", _DEFAULT_ALPHA)
-    starts_random = ledger.use("init_weights", True) is False
+    starts_random = not ledger.use_flag("init_weights", True)
     ledger.set_aside(_IRRELEVANT)
     ledger.close()
     file = sort_tuner_file(header, spec, suffixes=SUFFIXES)

@@ -47,7 +47,7 @@ def plan_osf(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> 
     tuner = read_tuner_config(ledger)
     default = _rank_value("effective_rank", ledger.use("effective_rank"))
     patterns = _read_patterns(ledger)
-    starts_random = ledger.use("init_weights", True) is False
+    starts_random = not ledger.use_flag("init_weights", True)
     ledger.set_aside({"target_svd_config": "PEFT never reads it"})
     ledger.close()
     file = sort_tuner_file(header, spec, suffixes=SUFFIXES)

@@ -82,7 +82,7 @@ def plan_peanut(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) 
     name = ledger.use("act_fn", "relu")
     if not isinstance(name, str) or name not in ACTIVATIONS:
         refuse("act_fn", name, f"known here: {', '.join(sorted(ACTIVATIONS))}. Train with one of them.")
-    starts_random = ledger.use("init_weights", True) is False
+    starts_random = not ledger.use_flag("init_weights", True)
     ledger.close()
     squares = [f"peanut_{part}.{i}.weight" for part in ("encoders", "decoders") for i in range(depth)]
     file = sort_tuner_file(header, spec, suffixes=(FIRST, LAST, *squares))

@@ -120,7 +120,7 @@ def plan_psoft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -
     suffixes = [MATRIX]
     suffixes += [BEFORE] if ledger.use_flag("psoft_mag_a", default=True) else []
     suffixes += [AFTER] if ledger.use_flag("psoft_mag_b", default=True) else []
-    starts_random = ledger.use("init_weights", True) is False
+    starts_random = not ledger.use_flag("init_weights", True)
     _read_alpha(ledger)
     ledger.set_aside({"psoft_dropout": "dropout is off at inference"})
     ledger.close()

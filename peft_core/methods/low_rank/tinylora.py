@@ -28,11 +28,11 @@ import torch
 
 from peft_core.errors import MalformedAdapter, UnsupportedAdapter
 from peft_core.forms import EmbeddingChange, LinearDelta
-from peft_core.methods.ledger import ConfigLedger
+from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.tensors import Header
 from peft_core.methods.tuner.checks import require_targets, whole_number
-from peft_core.methods.tuner.config import TunerConfig, read_tuner_config
+from peft_core.methods.tuner.config import read_tuner_config
 from peft_core.methods.tuner.file import TunerFile, require_all, sort_tuner_file
 from peft_core.methods.tuner.plan import Names, SiteData, TunerDraft, TunerPlan
 from peft_core.methods.tuner.site_tensors import shape_of
@@ -65,11 +65,14 @@ def plan_tinylora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
     length = ledger.use_count("u") or _DEFAULT_LENGTH
     seed = whole_number(ledger, "projection_seed", _DEFAULT_SEED)
     tying = _read_tying(ledger)
-    starts_random = ledger.use("init_weights", True) is not True
+    start = ledger.use("init_weights", True)
+    if not isinstance(start, bool) and start != "uniform":
+        refuse("init_weights", start, 'known here: true, false and "uniform". Correct adapter_config.json.')
     ledger.set_aside(_IRRELEVANT)
     ledger.close()
     file = sort_tuner_file(header, spec, suffixes=(*FACTORS, PROJECTION), shared=(f"{VECTOR}.*",))
-    numbers, groups = _numbers(tuner, spec), _groups(tuner, spec, tying)
+    numbers = {path: number for number, path in enumerate(require_targets(tuner, spec, _KINDS))}
+    groups = _groups(numbers, tying)
 
     def match(site: Site, names: Names) -> MatchedSite:
         require_all(names, site.path, FACTORS)
@@ -105,19 +108,14 @@ def plan_tinylora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
 
     is_drawn = any(PROJECTION not in names for names in file.modules.values())
     warnings = (_REGENERATED,) if is_drawn else ()
-    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, starts_random, warnings, kinds=_KINDS)
+    draft = TunerDraft(KIND, tuner, file, header, spec, ledger.irrelevant, start is not True, warnings, kinds=_KINDS)
     plan = draft.plan(match, formula)
     _require_used(file, groups)
     return plan
 
 
-def _numbers(tuner: TunerConfig, spec: BaseModelSpec) -> dict[str, int]:
-    return {path: number for number, path in enumerate(require_targets(tuner, spec, _KINDS))}
-
-
-def _groups(tuner: TunerConfig, spec: BaseModelSpec, tying: float) -> dict[str, str]:
+def _groups(numbers: Mapping[str, int], tying: float) -> dict[str, str]:
     """The shared name of each module's vector."""
-    numbers = _numbers(tuner, spec)
     num_groups = max(1, round(len(numbers) * (1.0 - tying)))
     size = max(1, len(numbers) // num_groups)
     return {path: f"{VECTOR}.{min(number // size, num_groups - 1)}" for path, number in numbers.items()}

@@ -112,7 +112,7 @@ def _plan(dialect: _Dialect, ledger: ConfigLedger, header: Header, spec: BaseMod
     rank = ledger.use_count("r") or _DEFAULT_RANK
     key = whole_number(ledger, "projection_prng_key", 0)
     is_stored = ledger.use_flag("save_projection", default=True)
-    starts_random = ledger.use("init_weights", True) is False
+    starts_random = not ledger.use_flag("init_weights", True)
     ledger.set_aside(_IRRELEVANT)
     ledger.close()
     vectors = (f"{dialect.prefix}_lambda_d", f"{dialect.prefix}_lambda_b")
