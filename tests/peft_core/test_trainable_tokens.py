@@ -245,6 +245,26 @@ def test_trainable_tokens_without_tokens_do_nothing(fields: dict[str, Any], tmp_
         decoded(tiny_base("llama"), write_adapter(tmp_path / "c", config | {"rotate": 3}, tensors))
 
 
+def test_trainable_tokens_have_one_list_of_tokens(tmp_path: Path) -> None:
+    """The field of the other kinds would say something else than the own one."""
+    config, tensors = load_adapter(make_tokens(tiny_base("llama"), tmp_path / "a"))
+    doubled = write_adapter(tmp_path / "b", config | {"trainable_token_indices": [1]}, tensors)
+    with pytest.raises(UnsupportedAdapter, match="Say them there") as refusal:
+        decoded(tiny_base("llama"), doubled)
+    assert refusal.value.field == "trainable_token_indices"
+
+
+def test_a_norm_replaced_beside_trainable_tokens_counts(tmp_path: Path) -> None:
+    config, tensors = load_adapter(make_tokens(tiny_base("llama"), tmp_path / "a"))
+    with_norm = tensors | {f"{PREFIX}model.norm.weight": torch.ones(64)}
+    reports = [
+        decoded(tiny_base("llama"), write_adapter(tmp_path / name, config, stored)).report
+        for name, stored in (("b", tensors), ("c", with_norm))
+    ]
+    assert [report.num_parameters for report in reports] == [len(IDS) * 64, len(IDS) * 64 + 64]
+    assert reports[1].forms == ("norm", "embedding")
+
+
 def test_trainable_tokens_of_another_table(tmp_path: Path) -> None:
     model = tiny_base("llama")
     directory = make_tokens(model, tmp_path / "a", target_modules=["lm_head", "embed_tokens"])

@@ -12,7 +12,6 @@ them twice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +23,9 @@ from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import DecodeReport
 from peft_core.methods.targets import TargetRule, targeted_sites
 from peft_core.methods.tensors import Header, TensorSource
-from peft_core.methods.tuner.config import TunerConfig, read_token_indices, read_tuner_config
+from peft_core.methods.tuner.config import read_token_indices, read_tuner_config
 from peft_core.methods.tuner.file import sort_tuner_file
-from peft_core.methods.tuner.saved_modules import SavedModules, SavedPlan
+from peft_core.methods.tuner.saved_plan import SavedPlan
 from peft_core.methods.tuner.vocabulary import Vocabulary
 from peft_core.spec import BaseModelSpec
 
@@ -54,6 +53,7 @@ def plan_trainable_tokens(config: Mapping[str, Any], header: Header, spec: BaseM
         UnsupportedAdapter, MalformedAdapter, BaseMismatch: naming the field or the tensor that is to blame.
     """
     ledger = ConfigLedger(config)
+    ledger.refuse_unless_off({"trainable_token_indices": f"tokens of this kind stand in {_FIELD}. Say them there."})
     common = read_tuner_config(ledger)
     ledger.set_aside(_IRRELEVANT)
     token_ids = read_token_indices(ledger, _FIELD).get(None, ())
@@ -68,14 +68,13 @@ def plan_trainable_tokens(config: Mapping[str, Any], header: Header, spec: BaseM
             value=list(token_ids),
         )
     tables = tuple(dict.fromkeys((*_tables(common.rule, spec), *_twins(stored, spec))))
-    saved = SavedModules(
-        weights=file.saved.weights, biases=file.saved.biases, copies=file.saved.copies, token_rows=stored
-    ).check(_with_tokens(common, tables, token_ids), header, spec, tokens_field=_FIELD)
+    common = replace(common, token_indices=dict.fromkeys(tables, token_ids))
+    saved = replace(file.saved, token_rows=stored).check(common, header, spec, tokens_field=_FIELD)
     other_base = common.other_base(spec)
     report = DecodeReport(
         kind=KIND,
         sites=(),
-        num_parameters=sum(math.prod(header[name].shape) for name in stored.values()),
+        num_parameters=saved.num_parameters,
         irrelevant_fields=ledger.irrelevant,
         irrelevant_tensors=file.irrelevant,
         warnings=(*([other_base] if other_base else ()), *saved.warnings),
@@ -83,10 +82,6 @@ def plan_trainable_tokens(config: Mapping[str, Any], header: Header, spec: BaseM
         needs_base=saved.needs_base,
     )
     return TrainableTokensPlan(report, saved)
-
-
-def _with_tokens(common: TunerConfig, tables: tuple[str, ...], token_ids: tuple[int, ...]) -> TunerConfig:
-    return replace(common, token_indices=dict.fromkeys(tables, token_ids))
 
 
 def _tables(rule: TargetRule | None, spec: BaseModelSpec) -> tuple[str, ...]:
