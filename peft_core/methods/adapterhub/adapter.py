@@ -34,7 +34,7 @@ from peft_core.methods.kinds import ADAPTERHUB
 from peft_core.methods.ledger import refuse
 from peft_core.methods.report import DecodeReport
 from peft_core.methods.tensors import Header, TensorSource
-from peft_core.methods.tuner.saved_modules import merged
+from peft_core.methods.tuner.merging import merged
 from peft_core.spec import BaseModelSpec
 
 KIND = ADAPTERHUB

@@ -35,7 +35,8 @@ from peft_core.methods.targets import targeted_sites
 from peft_core.methods.tensors import Header, TensorSource
 from peft_core.methods.tuner.config import some
 from peft_core.methods.tuner.file import PREFIX, TunerFile, require_site, sort_tuner_file
-from peft_core.methods.tuner.saved_modules import SavedPlan, merged
+from peft_core.methods.tuner.merging import merged
+from peft_core.methods.tuner.saved_plan import SavedPlan
 from peft_core.methods.tuner.vocabulary import Vocabulary
 from peft_core.spec import BaseModelSpec
 
@@ -153,7 +154,8 @@ def _compare_targets(
         targeted |= targeted_sites(rule, spec, ("linear", "head", "embedding"), experts.owned)
     paths = {lora_site.site.path for lora_site in sites}
     if lora.common.ties_weights:
-        twins = frozenset(twin for path in targeted if (twin := Vocabulary.of(spec).twin(path)) is not None)
+        vocabulary = Vocabulary.of(spec)
+        twins = frozenset(twin for path in targeted if (twin := vocabulary.twin(path)) is not None)
         _require_twins(twins - paths)
         targeted |= twins
     extra = [lora_site for lora_site in sites if lora_site.site.path not in targeted]

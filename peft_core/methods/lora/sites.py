@@ -43,7 +43,6 @@ class LoraSite:
     magnitude: str | None = None
     bias: str | None = None
     diagonal: str | None = None
-    num_rows: int = 0  # of the adapter's vocabulary, where the module is a table of it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,7 +85,6 @@ def match_site(
         magnitude=_vector(tensors, MAGNITUDES, config.has_magnitudes, "use_dora", width, header, site),
         bias=_vector(tensors, (BIAS,), config.has_bias, "lora_bias", width, header, site),
         diagonal=_vector(tensors, (DIAGONAL,), config.has_diagonal, "kasa_config", rank, header, site),
-        num_rows=num_rows or 0,
     )
 
 

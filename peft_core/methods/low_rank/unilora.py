@@ -29,7 +29,7 @@ from peft_core.errors import MalformedAdapter, UnsupportedAdapter
 from peft_core.forms import LinearDelta
 from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import MatchedSite
-from peft_core.methods.tensors import Header
+from peft_core.methods.tensors import FLOAT_DTYPES, Header
 from peft_core.methods.tuner.checks import require_targets, whole_number
 from peft_core.methods.tuner.config import read_tuner_config
 from peft_core.methods.tuner.file import require_all, sort_tuner_file
@@ -77,10 +77,9 @@ def plan_unilora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec)
     def match(site: Site, names: Names) -> MatchedSite:
         if is_stored:
             require_all(names, site.path, (*INDICES, *SCALES))
-            for name, dtypes in ((INDICES, INTEGER_DTYPES), (SCALES, None)):
-                options = {} if dtypes is None else {"dtypes": dtypes}
-                shape_of(header, names[name[0]], site, (rank, "in"), **options)
-                shape_of(header, names[name[1]], site, ("out", rank), **options)
+            for (of_down, of_up), dtypes in ((INDICES, INTEGER_DTYPES), (SCALES, FLOAT_DTYPES)):
+                shape_of(header, names[of_down], site, (rank, "in"), dtypes=dtypes)
+                shape_of(header, names[of_up], site, ("out", rank), dtypes=dtypes)
         return MatchedSite(site.path, rank, 1.0)
 
     def prepare(shared: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

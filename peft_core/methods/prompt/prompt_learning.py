@@ -21,7 +21,9 @@ from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.report import DecodeReport, FormName
 from peft_core.methods.tensors import FLOAT_DTYPES, Header, TensorSource
 from peft_core.methods.tuner.config import COMMON_IRRELEVANT, TunerConfig
-from peft_core.methods.tuner.saved_modules import SavedModules, SavedPlan, merged
+from peft_core.methods.tuner.merging import merged
+from peft_core.methods.tuner.saved_modules import SavedModules
+from peft_core.methods.tuner.saved_plan import SavedPlan
 from peft_core.spec import BaseModelSpec
 
 ROWS = "prompt_embeddings"

@@ -13,8 +13,9 @@ A low-rank change that takes more memory than the whole matrix is kept as the ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -27,7 +28,8 @@ from peft_core.methods.tensors import Header, TensorSource, require_finite
 from peft_core.methods.tuner.checks import LINEAR, require_targets, targeted_paths
 from peft_core.methods.tuner.config import TunerConfig, some
 from peft_core.methods.tuner.file import TunerFile, require_site
-from peft_core.methods.tuner.saved_modules import SavedPlan, merged
+from peft_core.methods.tuner.merging import merged
+from peft_core.methods.tuner.saved_plan import SavedPlan
 from peft_core.methods.tuner.site_tensors import read_tensor
 from peft_core.methods.whole_matrix.dense import dense_bytes
 from peft_core.spec import BaseModelSpec, Site, SiteKind
@@ -138,7 +140,7 @@ class TunerDraft:
     starts_random: bool = False  # a targeted module without tensors would be random, not neutral
     warnings: tuple[str, ...] = ()
     module_free: bool = False  # all values are shared: the config alone says which modules are changed
-    forms: tuple[FormName, ...] = field(default=("low rank",))  # of sites with a rank
+    forms: tuple[FormName, ...] = ("low rank",)  # of sites with a rank
     rankless_forms: tuple[FormName, ...] = ("dense",)  # of sites without
     kinds: tuple[SiteKind, ...] = LINEAR  # of modules that the kind can change
 
@@ -215,7 +217,7 @@ class TunerDraft:
 
     def _num_parameters(self) -> int:
         names = [name for tensors in self.file.modules.values() for name in tensors.values()]
-        return sum(_numel(self.header[name].shape) for name in (*names, *self.file.shared.values()))
+        return sum(math.prod(self.header[name].shape) for name in (*names, *self.file.shared.values()))
 
     def _forms(self, sites: Collection[MatchedSite], saved: SavedPlan) -> tuple[FormName, ...]:
         own: list[FormName] = []
@@ -295,10 +297,3 @@ def _finite_change(change: AnyChange, name: str) -> AnyChange:
         if isinstance(value := getattr(change, part.name), torch.Tensor):
             require_finite(value, name)
     return change
-
-
-def _numel(shape: Collection[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

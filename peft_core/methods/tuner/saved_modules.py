@@ -22,13 +22,10 @@ from typing import NoReturn
 from peft_core.errors import BaseMismatch, MalformedAdapter, UnsupportedAdapter
 from peft_core.methods.tensors import FLOAT_DTYPES, Header
 from peft_core.methods.tuner.config import TunerConfig, some
-from peft_core.methods.tuner.merging import merged
 from peft_core.methods.tuner.saved_plan import SavedPlan, StoredWeight
 from peft_core.methods.tuner.token_rows import StoredRows, grown_tables, match_rows
 from peft_core.methods.tuner.vocabulary import Vocabulary
 from peft_core.spec import BaseModelSpec
-
-__all__ = ["SavedModules", "SavedPlan", "merged"]
 
 _PARAMETER = re.compile(r"(?P<path>.+?)\.(?P<copy>(token_adapter\.)?base_layer\.)?(?P<parameter>weight|bias)")
 _ROWS = re.compile(r"(?P<path>.+?)\.token_adapter\.trainable_tokens_delta")
