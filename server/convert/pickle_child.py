@@ -29,9 +29,7 @@ def read_tensors(source: Path) -> dict[str, torch.Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # whatever a hostile file provokes
-        raise ValueError(
-            f"it cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        ) from error
+        raise ValueError(f"it cannot be read as plain tensors ({type(error).__name__}: {_said(error)})") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not a dictionary of tensors")
     return {_checked_name(name): _plain(name, value) for name, value in content.items()}
@@ -44,7 +42,8 @@ def _checked_name(name: object) -> str:
 
 
 def _plain(name: object, value: Any) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
+    is_plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
+    if not is_plain or value.is_quantized or value.is_complex():
         raise ValueError(f'"{str(name)[:80]}" is no plain tensor')
     return value.detach().clone().contiguous()
 
@@ -70,9 +69,14 @@ def main(source: str, destination: str, room: str) -> dict[str, Any]:
     except ValueError as error:
         return {"error": f"{error}."}
     except (MemoryError, RuntimeError) as error:
-        what = str(error).splitlines()[0][:200] if str(error) else "out of memory"
-        return {"error": f"it asks for more memory than a file of its size may ({what})."}
+        return {"error": f"it asks for more memory than a file of its size may ({_said(error)})."}
     return {"num_tensors": len(tensors)}
+
+
+def _said(error: Exception) -> str:
+    """The beginning of what an error says; some say nothing."""
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else "no more is known"
 
 
 if __name__ == "__main__":

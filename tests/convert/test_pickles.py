@@ -56,6 +56,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
         ({"a": {"b": torch.ones(2)}}, "no plain tensor"),
         ({7: torch.ones(2)}, "which is none"),
         ({"a": torch.ones(2, 2).to_sparse()}, "no plain tensor"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, "no plain tensor"),
         ({}, "holds no tensor"),
     ],
 )
@@ -81,5 +82,13 @@ def test_a_reader_that_hangs_is_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"nonsense", b"PK\x03\x04cut short"])
 def test_damage_is_told(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.bin").write_bytes(data)
-    with pytest.raises(ConversionRefused, match=r"x\.bin"):
+    with pytest.raises(ConversionRefused, match=r"x\.bin: it cannot be read"):
+        unpickle(tmp_path / "x.bin", tmp_path / "out")
+
+
+def test_damage_that_the_reader_has_no_words_for_is_told(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(4, 4)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "x.bin").read_bytes()
+    (tmp_path / "x.bin").write_bytes(whole[: whole.index(b"protocol_version")])
+    with pytest.raises(ConversionRefused, match="cannot be read as plain tensors"):
         unpickle(tmp_path / "x.bin", tmp_path / "out")
