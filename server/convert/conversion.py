@@ -154,7 +154,8 @@ def _make_plain(work: Path, base: Path, done: Conversion) -> None:
         ) from error
     plain, made = plain_lora(config, forms, report.kind)
     _write(work, plain, made)
-    (work / HUB_WEIGHTS_FILE).unlink(missing_ok=True)
+    for name in (HUB_WEIGHTS_FILE, HUB_HEAD_FILE, "head_config.json"):  # the head beside it is the base's own
+        (work / name).unlink(missing_ok=True)
     ranks = sorted({delta.rank for delta in forms.linear.values()})
     done.steps.append(
         f"rewrote {report.kind} as plain LoRA of rank {', '.join(map(str, ranks))} with the base's weights; "

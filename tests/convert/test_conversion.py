@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from server.convert.conversion import convert
 from server.convert.errors import ConversionRefused
+from tests.kinds.goldens import DIRECTORY as HUB_GOLDENS
 from tests.kinds.zoo import make_adapter
 from tests.peft_core.adapter_files import logits_of, relative_error
 from tests.tiny_models import HIDDEN, attention_targets, load_oracle, make_lora, make_model, random_prompt
@@ -222,6 +224,17 @@ def test_what_no_lora_equals_is_refused_with_a_base_and_kept_without(tmp_path: P
     convert(source, tmp_path / "dst")
     weights = (tmp_path / "dst" / "adapter_model.safetensors").read_bytes()
     assert weights == (source / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_lora_of_adapterhub_becomes_one_of_peft_and_its_untrained_head_stays_behind(tmp_path: Path) -> None:
+    shutil.copytree(HUB_GOLDENS / "qwen2" / "lora", tmp_path / "src")
+    base = HUB_GOLDENS / "qwen2" / "base"
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    save_file({"lm_head.weight": head}, tmp_path / "src" / "model_head.safetensors")
+    (tmp_path / "src" / "head_config.json").write_text("{}")
+    convert(tmp_path / "src", tmp_path / "dst", base)
+    assert {path.name for path in (tmp_path / "dst").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert "was not needed" in convert(tmp_path / "dst", tmp_path / "again", base).steps[-1]
 
 
 @pytest.mark.parametrize("kind", ["hra", "loha"])
