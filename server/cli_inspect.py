@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from adapters_store.errors import StoreError
+from server.cli_server import SAID_NO
 from server.engine.errors import EngineStartError
 from server.inspection import Inspection, inspect, inspect_on
 from server.loader.errors import AdapterRefused
-
-SAID_NO = 1
 
 _Directory = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="An adapter's directory.")]
 _Base = Annotated[
@@ -32,6 +31,7 @@ def inspect_adapter(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """What an adapter's directory holds; with --base also whether it is served, what it costs and how far it goes."""
+    _require_base_for(revision, base)
     try:
         found = inspect(directory) if base is None else inspect_on(directory, base, revision)
     except EngineStartError as error:
@@ -55,6 +55,7 @@ def convert_adapter(
     revision: Annotated[str | None, typer.Option(help="Of a base on the Hub.")] = None,
 ) -> None:
     """Make an adapter in another format one that can be served. Pickles are opened in a child that runs no code."""
+    _require_base_for(revision, base)
     from peft_core.errors import AdapterError
     from server.convert.conversion import convert
     from server.convert.errors import ConversionRefused
@@ -68,7 +69,7 @@ def convert_adapter(
         _say_no(str(error))
     for step in done.steps:
         print(f"- {step}")
-    print(f"{destination} can be served")
+    print(f"wrote {destination}")
 
 
 def _print(found: Inspection) -> None:
@@ -99,6 +100,11 @@ def _probe_line(probe: dict[str, Any]) -> str:
     )
 
 
-def _say_no(message: str) -> Any:
+def _require_base_for(revision: str | None, base: str | None) -> None:
+    if revision is not None and base is None:
+        raise typer.BadParameter("it is the revision of a base; name the base with --base.", param_hint="--revision")
+
+
+def _say_no(message: str) -> NoReturn:
     print(f"veneer: {message}", file=sys.stderr)
     raise typer.Exit(SAID_NO) from None

@@ -88,6 +88,13 @@ def test_what_is_no_adapter_or_no_base_is_an_error_without_a_trace(model: Served
     assert adapters("inspect", tmp_path / "nowhere").exit_code == 2
 
 
+def test_a_revision_of_no_base_is_wrong_usage(model: ServedModel, tmp_path: Path) -> None:
+    for arguments in (("inspect", model.guest), ("convert", model.guest, tmp_path / "x")):
+        result = adapters(*arguments, "--revision", "v2")
+        assert (result.exit_code, "--base" in result.stderr) == (2, True), result.output
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_pickled_adapter_is_converted_and_then_taken(model: ServedModel, tmp_path: Path) -> None:
     make_lora(make_model("llama", seed=1, vocab_size=300), tmp_path / "src", targets=["q_proj"])
     tensors = load_file(tmp_path / "src" / "adapter_model.safetensors")
