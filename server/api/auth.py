@@ -33,6 +33,7 @@ from starlette.types import Message, Receive
 from adapters_store.errors import AdapterNotFound
 from server.api.caller import ALL_SCOPES, ANYBODY, STRANGER, Caller
 from server.api.errors import Forbidden, NoSuchRoute, Refusal, Unauthorized, error_response, explain
+from server.api.upload_body import FRAME_BYTES
 from server.keys import KeysFile, Scope
 from server.settings import LOOPBACK_HOSTS, Settings
 
@@ -40,7 +41,6 @@ _MARK = "veneer_access"
 _UPLOAD_MARK = "veneer_takes_upload"
 _SCOPED_MARK = "veneer_keeps_to_scope"
 _LOOKING = ("GET", "HEAD")
-_MULTIPART_SLACK_BYTES = 2**20  # boundaries, headers and metadata around the files
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
 
@@ -226,7 +226,7 @@ def _keep_to_scope(caller: Caller, request: Request, access: str, keeps_to_it: b
 
 def _body_cap(endpoint: Callable[..., Any], settings: Settings) -> int:
     if getattr(endpoint, _UPLOAD_MARK, False):
-        return settings.max_upload_bytes + _MULTIPART_SLACK_BYTES
+        return settings.max_upload_bytes + FRAME_BYTES
     return settings.max_body_bytes
 
 

@@ -31,7 +31,7 @@ from server.api.operation import Operation
 from server.api.operations import accepted
 from server.api.preconditions import Precondition
 from server.api.service import Service
-from server.api.upload_order import check_stage, known_record, wanted_aliases
+from server.api.upload_order import check_known, check_stage, wanted_aliases
 from server.engine.request import Tier
 from server.library.errors import SourceForbidden
 from server.library.sources.download import Fetched, Phase, Progress
@@ -81,7 +81,7 @@ class Pull:
     """One order while it is carried out."""
 
     def __init__(self, request: Request, order: PullOrder, *, is_dry_run: bool) -> None:
-        """Raises what can be refused at once: names, scopes, preconditions, sources that are closed."""
+        """Raises what can be refused at once: names, scopes, expectations, sources that are closed."""
         service: Service = request.app.state.service
         caller = caller_of(request)
         self.order = order
@@ -91,10 +91,11 @@ class Pull:
         self._token = None if order.source.token is None else order.source.token.get_secret_value()
         self._aliases = wanted_aliases(order.name, order.alias, order.promote)
         self._precondition = Precondition.of(request.headers)
+        self._create_only = order.if_exists == "error"
         self._changes = Attributes(labels=order.labels or {}, pinned=bool(order.pinned))
         caller.require(order.name)
         check_attributes(self._changes)
-        self._precondition.check(known_record(self._front.library, order.name))
+        check_known(self._front.library, order.name, self._precondition, create_only=self._create_only)
         self._check_source(order.source)
         self.was_created = False
 
@@ -118,7 +119,7 @@ class Pull:
                 self.order.name,
                 source=fetched.source,
                 aliases=self._aliases,
-                create_only=self.order.if_exists == "error",
+                create_only=self._create_only,
                 expect=self._precondition.check,
             )
         self.was_created = committed.created

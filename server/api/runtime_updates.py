@@ -25,11 +25,13 @@ from adapters_store.names import check_name
 from server.api.adapter_removal import remove_adapter
 from server.api.audit import changed
 from server.api.auth import admin, guarded_router, scoped
-from server.api.caller import caller_of
+from server.api.caller import Caller, caller_of
 from server.api.documented import Responses
 from server.api.errors import NoSuchRoute
+from server.api.preconditions import Precondition
 from server.api.service import Service
 from server.api.unknown import IGNORED_FIELDS_HEADER, header_value
+from server.api.upload_order import check_known
 from server.engine.errors import EngineError, EngineUnavailable, NoRoomForAdapter
 from server.library.errors import LibraryError, SourceForbidden, SourceInvalid, SourceNotFound
 from server.loader.errors import LoaderError
@@ -106,7 +108,7 @@ async def load_lora_adapter(request: Request) -> Response:
     try:
         body, headers = await _read(request, LoadBody)
         assert isinstance(body, LoadBody)
-        _check_load(service, body)
+        _check_load(service, caller_of(request), body)
         key = f"{body.lora_name} {body.lora_path} {body.load_inplace} {caller_of(request).sees_all}"
         committed = await service.joined.share(key, lambda: _load(request, body))
     except UpdateRefused as refusal:
@@ -147,12 +149,11 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 
 def _service(request: Request) -> Service:
-    """Raises NoSuchRoute where the operator did not open these routes, NotReady."""
+    """Raises NoSuchRoute where the operator did not open these routes."""
     service: Service = request.app.state.service
     if not service.settings.allow_runtime_lora_updating:
         path = request.url.path
         raise NoSuchRoute(f"no route POST {path}; start the server with --allow-runtime-lora-updating to have it")
-    assert service.front is not None
     return service
 
 
@@ -168,7 +169,7 @@ async def _read(request: Request, model: type[BaseModel]) -> tuple[BaseModel, di
     return body, {IGNORED_FIELDS_HEADER: header_value(extra)} if extra else {}
 
 
-def _check_load(service: Service, body: LoadBody) -> None:
+def _check_load(service: Service, caller: Caller, body: LoadBody) -> None:
     """Raises UpdateRefused for what is refused without looking at the path."""
     name, settings = body.lora_name, service.settings
     if not name or not body.lora_path:
@@ -178,8 +179,11 @@ def _check_load(service: Service, body: LoadBody) -> None:
         raise UpdateRefused(400, "InvalidUserInput", text)
     try:
         check_name(name)
+        caller.require(name)
     except InvalidName as error:
         raise UpdateRefused(400, "InvalidUserInput", str(error)) from None
+    except AdapterNotFound as error:
+        raise UpdateRefused(404, "NotFoundError", str(error)) from None
 
 
 async def _load(request: Request, body: LoadBody) -> Committed:
@@ -191,13 +195,11 @@ async def _load(request: Request, body: LoadBody) -> Committed:
 
 async def _pull(request: Request, body: LoadBody) -> Committed:
     service: Service = request.app.state.service
-    name, caller = body.lora_name, caller_of(request)
+    name, front = body.lora_name, service.front
     try:
-        caller.require(name)
-        if not body.load_inplace and _exists(service, name):
-            raise AdapterExists(name)
-        return await service.front.puller.pull(
-            body.lora_path, name, create_only=not body.load_inplace, is_trusted=caller.sees_all
+        check_known(front.library, name, Precondition(), create_only=not body.load_inplace)
+        return await front.puller.pull(
+            body.lora_path, name, create_only=not body.load_inplace, is_trusted=caller_of(request).sees_all
         )
     except AdapterExists:
         text = (
@@ -205,7 +207,7 @@ async def _pull(request: Request, body: LoadBody) -> Committed:
             "'load_inplace' to True."
         )
         raise UpdateRefused(400, "InvalidUserInput", text) from None
-    except (SourceNotFound, AdapterNotFound) as error:
+    except SourceNotFound as error:
         raise UpdateRefused(404, "NotFoundError", str(error)) from None
     except SourceInvalid as error:
         raise UpdateRefused(400, "InvalidUserInput", str(error)) from None
@@ -229,13 +231,6 @@ async def _bring_near(request: Request, committed: Committed) -> None:
             with contextlib.suppress(StoreError):
                 await library.delete(version.name, version.version, force=True)
         raise UpdateRefused(500, "InternalServerError", str(error)) from None
-
-
-def _exists(service: Service, name: str) -> bool:
-    try:
-        return bool(service.front.library.catalog.record(name).versions)
-    except AdapterNotFound:
-        return False
 
 
 def _refused(refusal: UpdateRefused) -> Response:

@@ -25,7 +25,7 @@ from server.api.preconditions import Precondition
 from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
 from server.api.upload_body import announced_bytes, take_body
-from server.api.upload_order import UploadOrder, carry_out, known_record, require_known_query, wanted_aliases
+from server.api.upload_order import UploadOrder, carry_out, check_known, require_known_query, wanted_aliases
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 _ANY: tuple[Format, ...] = ("tar", "gzip", "zip")
@@ -85,7 +85,7 @@ async def upload_archive(
         dry_run=dry_run,
         precondition=Precondition.of(request.headers),
     )
-    order.precondition.check(known_record(library, name))
+    check_known(library, name, order.precondition, create_only=order.create_only)
     formats = _announced_formats(request)
     with library.stage() as stage:
         left_out = await _receive(request, stage, formats)

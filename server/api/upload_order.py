@@ -9,16 +9,16 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from adapters_store.errors import AdapterNotFound
+from adapters_store.errors import AdapterExists, AdapterNotFound
 from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name
 from adapters_store.record import AdapterRecord
 from adapters_store.staging import Stage
+from server.api.adapter_view import residents_of, view_version
 from server.api.audit import unchanged
 from server.api.errors import AdminRefusal
 from server.api.preconditions import Precondition, etag_header
-from server.api.resources import CheckResource, Residents, file_resources, version_resource
+from server.api.resources import CheckResource, file_resources
 from server.api.service import Service
-from server.engine.errors import EngineUnavailable
 from server.front.front import Front
 from server.library.library import Library
 
@@ -59,6 +59,17 @@ def known_record(library: Library, name: str) -> AdapterRecord | None:
         return None
 
 
+def check_known(library: Library, name: str, precondition: Precondition, *, create_only: bool) -> None:
+    """Holds what the caller expects of the adapter against what is there now; the commit does so again.
+
+    Raises AdapterExists, PreconditionFailed.
+    """
+    known = known_record(library, name)
+    if create_only and known is not None and known.versions:
+        raise AdapterExists(f"adapter {name!r} exists, and this upload was to create it.")
+    precondition.check(known)
+
+
 async def carry_out(request: Request, stage: Stage, order: UploadOrder) -> Response:
     """Check the complete stage, and commit it unless it is a dry run.
 
@@ -66,7 +77,7 @@ async def carry_out(request: Request, stage: Stage, order: UploadOrder) -> Respo
     """
     service: Service = request.app.state.service
     front = service.front
-    order.precondition.check(known_record(front.library, order.name))
+    check_known(front.library, order.name, order.precondition, create_only=order.create_only)
     if order.dry_run:
         unchanged(request)
         return _json(await check_stage(front, stage, order.name), 200)
@@ -78,9 +89,7 @@ async def carry_out(request: Request, stage: Stage, order: UploadOrder) -> Respo
         expect=order.precondition.check,
     )
     version = committed.version
-    in_flight = front.library.catalog.leases.count(version.name, version.version)
-    shown = version_resource(version, await _residents(front), in_flight)
-    answer = _json(shown, 201 if committed.created else 200)
+    answer = _json(view_version(front, version, await residents_of(front)), 201 if committed.created else 200)
     answer.headers["location"] = f"/admin/v1/adapters/{version.name}/versions/{version.version}"
     record = known_record(front.library, version.name)
     if record is not None:  # else it has been deleted again already
@@ -98,14 +107,6 @@ async def check_stage(front: Front, stage: Stage, name: str) -> CheckResource:
         files=file_resources(stage.files),
         report=dict(prepared.report),
     )
-
-
-async def _residents(front: Front) -> Residents:
-    """Nobody while the engine restarts: the version is committed all the same, and the caller must hear so."""
-    try:
-        return Residents(await front.engine.residency())
-    except EngineUnavailable:
-        return Residents(())
 
 
 def _json(body: BaseModel, status: int) -> Response:

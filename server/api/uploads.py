@@ -22,7 +22,7 @@ from server.api.pulls import PullOrder, is_order, start_pull
 from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
 from server.api.upload import UploadForm, UploadMetadata, receive
-from server.api.upload_order import UploadOrder, carry_out, known_record, require_known_query
+from server.api.upload_order import UploadOrder, carry_out, check_known, require_known_query
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 _CONTENT = {
@@ -64,7 +64,7 @@ async def upload(
 
     def expect(metadata: UploadMetadata) -> None:
         caller_of(request).require(metadata.name)
-        precondition.check(known_record(library, metadata.name))
+        check_known(library, metadata.name, precondition, create_only=metadata.if_exists == "error")
 
     with library.stage() as stage:
         pending = pending_files(service) if caller_of(request).sees_all else None

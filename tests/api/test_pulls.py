@@ -168,8 +168,10 @@ def test_preconditions_and_existing_adapters(visit: Visit, hub: LoopbackHub) -> 
         assert (answer.status_code, code_of(answer)) == (412, "precondition_failed")
         assert hub.asked == []  # known without asking anybody
         hub.repos["org/sql"].files = adapter_files(rank=8)
-        answer = await order(door, if_exists="error")
-        assert (answer.status_code, code_of(answer)) == (409, "adapter_exists")
+        for query in ("?wait=30", "", "?dry_run=true&wait=30"):
+            answer = await order(door, query, if_exists="error")
+            assert (answer.status_code, code_of(answer)) == (409, "adapter_exists")
+        assert hub.asked == []
 
     visit(test)
 

@@ -11,9 +11,11 @@ import pytest
 from pydantic import SecretStr
 
 from server.flags import read_settings
+from server.library.directory import AdapterDirectory
 from server.library.sources.policy import SourcePolicy
 from server.library.sources.puller import Puller
 from tests.api.conftest import Door, Visit, safetensors_bytes
+from tests.api.keyed import make_keys, of
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 OPEN = {"allow_runtime_lora_updating": True}
@@ -112,6 +114,33 @@ def test_equal_loads_at_the_same_time_are_one(visit: Visit, sql: Path) -> None:
         assert len(versions) == 1
 
     visit(test, **OPEN)
+
+
+def test_a_key_that_does_not_see_the_adapter_joins_no_load(visit: Visit, sql: Path, tmp_path: Path) -> None:
+    keys = make_keys(
+        tmp_path / "keys.json",
+        owner={"scopes": ["admin"], "adapters": ["sql"]},
+        other={"scopes": ["admin"], "adapters": ["bi/*"]},
+    )
+
+    async def test(door: Door) -> None:
+        gate = asyncio.Event()
+
+        async def slowly(*arguments: Any, **options: Any) -> Any:
+            await gate.wait()
+            return await door.front.library.register(AdapterDirectory("sql", sql))
+
+        door.front.puller.pull = slowly  # type: ignore[method-assign]
+        body = {"lora_name": "sql", "lora_path": "org/sql"}
+        first = asyncio.create_task(door.client.post(LOAD, json=body, headers=of("owner")))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(door.client.post(LOAD, json=body, headers=of("other")))
+        await asyncio.sleep(0.05)
+        gate.set()
+        assert (await first).status_code == 200
+        assert error_of(await second)[:2] == (404, "NotFoundError")
+
+    visit(test, **OPEN, keys_file=keys)
 
 
 def test_of_different_loads_under_one_name_one_wins(visit: Visit, sql: Path) -> None:

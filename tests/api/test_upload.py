@@ -74,6 +74,11 @@ def test_creating_what_exists_is_409_when_only_new_is_wanted(visit: Visit) -> No
         await door.upload("pirate")
         answer = await door.upload("pirate", config=b'{"r": 8}', if_exists="error")
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_exists")
+        checked: list[Any] = [meta(name="pirate", if_exists="error"), CONFIG, WEIGHTS]
+        answer = await door.client.post("/admin/v1/adapters?dry_run=true", files=checked)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_exists")
+        checked[0] = meta(name="new", if_exists="error")
+        assert (await door.client.post("/admin/v1/adapters?dry_run=true", files=checked)).status_code == 200
 
     visit(test)
 
