@@ -73,12 +73,12 @@ def test_pinned_adapters_stay_and_the_newcomer_waits() -> None:
     slots = [bench.adapters.acquire(ticket(name)) for name in "ab"]
     bench.blocks.tick += 1
     assert bench.adapters.acquire(ticket("c")) is None
-    assert not bench.adapters.is_loading(ticket("c").key)
+    assert bench.adapters.load_started(ticket("c").key) is None
     assert slots[0] is not None
     bench.adapters.release(slots[0])
     bench.blocks.tick += 1
     assert bench.adapters.acquire(ticket("c")) is None
-    assert bench.adapters.is_loading(ticket("c").key)
+    assert bench.adapters.load_started(ticket("c").key) is not None
 
 
 def test_a_budget_of_bytes_bounds_all_adapters_together() -> None:
