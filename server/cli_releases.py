@@ -55,6 +55,8 @@ def alias(
     """Show what an alias means, or point it to a version, or to several by weight."""
     if delete and targets:
         _leave("give versions, or --delete")
+    if skip_gate and not targets:
+        _leave("--skip-gate is for a move; give a version")
     body = _order(targets or [])
 
     def change(client: AdminClient) -> dict[str, Any]:
@@ -85,10 +87,12 @@ def rollback(
 def canary(
     name: _Name,
     version: Annotated[int | None, typer.Argument(min=1, help="Starts one; without it the last one is shown.")] = None,
-    percent: Annotated[int, typer.Option(min=1, max=99, help="Of the alias's requests.")] = 10,
-    max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="More failures than this roll it back.")] = 0.05,
-    min_requests: Annotated[int, typer.Option(min=1, help="Nothing is decided on fewer.")] = 20,
-    window: Annotated[int, typer.Option(min=1, help="Last requests that are looked at.")] = 200,
+    percent: Annotated[int | None, typer.Option(min=1, max=99, help="Of the alias's requests. Default: 10.")] = None,
+    max_error_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="More failures than this roll it back. Default: 0.05.")
+    ] = None,
+    min_requests: Annotated[int | None, typer.Option(min=1, help="Nothing is decided on fewer. Default: 20.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Last requests that are looked at. Default: 200.")] = None,
     alias_name: _AliasOption = DEFAULT_ALIAS,
     stop: Annotated[bool, typer.Option("--stop", help="The alias means again what it did.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="The alias means the canary alone.")] = False,
@@ -100,23 +104,23 @@ def canary(
     """Give a version a share of the requests, which it loses by itself when too many of them fail."""
     if sum((version is not None, stop, promote)) > 1:
         _leave("give a VERSION to start a canary, or --stop, or --promote")
-    order = {
-        "version": version,
-        "percent": percent,
-        "max_error_rate": max_error_rate,
-        "min_requests": min_requests,
-        "window": window,
-    }
+    bounds = {"percent": percent, "max_error_rate": max_error_rate, "min_requests": min_requests, "window": window}
+    given = {key: value for key, value in bounds.items() if value is not None}
+    if version is None and given:
+        _leave(f"--{next(iter(given)).replace('_', '-')} is for starting a canary; give a VERSION")
+    if skip_gate and version is None and not promote:
+        _leave("--skip-gate is for starting or promoting a canary")
+    query = "?skip_gate=true" if skip_gate else ""
 
     def change(client: AdminClient) -> dict[str, Any]:
         path = client.alias_path(name, alias_name)
         if version is not None:
-            return client.call("POST", path + "/canary" + ("?skip_gate=true" if skip_gate else ""), order)
+            return client.call("POST", path + "/canary" + query, {"version": version, **given})
         if stop:
             return client.call("DELETE", path + "/canary")
         shown = client.call("GET", path + "/canary")
         if promote:
-            client.call("PUT", path, {"version": shown["version"]})
+            client.call("PUT", path + query, {"version": shown["version"]})
             shown = client.call("GET", path + "/canary")
         return shown
 

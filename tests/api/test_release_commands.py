@@ -76,6 +76,11 @@ def test_a_gate_is_set_asked_and_removed(server: FakeServer, tmp_path: Path) -> 
     moved = adapters(server, "alias", "sql", "default", "2")
     assert (moved.exit_code, "failed 1 of 1 golden prompts" in moved.stderr) == (1, True)
     assert said(server, "alias", "sql", "default", "2", "--skip-gate") == "sql@default means 2"
+    said(server, "canary", "sql", "3", "--skip-gate")
+    said(server, "canary", "sql", "--stop")
+    assert adapters(server, "canary", "sql", "--promote").exit_code == 1
+    said(server, "canary", "sql", "--promote", "--skip-gate")
+    assert as_json(server, "alias", "sql", "default")["weights"] == {"3": 1}
     golden.write_text(json.dumps({"prompts": [{"inputs": "a", "contains": ["arr"]}]}))
     said(server, "gate", "sql", "default", str(golden))
     assert said(server, "gate", "sql", "default", "--check", "3") == "sql@3 passed"
@@ -124,7 +129,13 @@ def test_the_audit_log_is_read(server: FakeServer) -> None:
         ("alias", "sql", "prod", "1=90", "2"),
         ("alias", "sql", "prod", "1", "--delete"),
         ("alias", "sql", "prod", "1=x"),
+        ("alias", "sql", "prod", "--skip-gate"),
+        ("alias", "sql", "prod", "--delete", "--skip-gate"),
         ("canary", "sql", "2", "--percent", "100"),
+        ("canary", "sql", "--percent", "50"),
+        ("canary", "sql", "--stop", "--max-error-rate", "0.5"),
+        ("canary", "sql", "--promote", "--window", "9"),
+        ("canary", "sql", "--stop", "--skip-gate"),
         ("gate", "sql", "prod", "/nowhere.json"),
         ("load", "sql", "--tier", "moon"),
     ],
