@@ -49,7 +49,7 @@ class Deleted(NamedTuple):
 
 
 class Library:
-    """Call from one event loop. What blocks on the disk runs in threads, what needs torch in the loader."""
+    """Call from one event loop. What blocks for longer than a look at the catalogue runs in threads or the loader."""
 
     def __init__(
         self, catalog: Catalog, loader: Loader, *, max_rank: int | None = None, probe: Probe | None = None
@@ -111,12 +111,12 @@ class Library:
         """
         await asyncio.to_thread(check_files, stage)
         files = {file.path: str(stage.path_of(file.path)) for file in stage.files}
-        prepared = await self._loader.prepare(PrepareJob(files, str(stage.directory / _IMAGE_FILE)))
+        image_path = str(stage.directory / _IMAGE_FILE)
+        prepared = await self._loader.prepare(PrepareJob(files, image_path))
         check_rank(prepared.report, self._max_rank)
         if self._probe is None:
             return prepared
         traits = AdapterTraits.from_json(prepared.report.get("traits", {}))
-        image_path = str(stage.directory / _IMAGE_FILE)
         ticket = AdapterTicket(prepared.effect_digest, "the adapter", image_path, prepared.num_bytes, traits)
         return replace(prepared, report=await self._probe.add_to(prepared.report, ticket))
 
@@ -326,15 +326,15 @@ class Library:
         Running requests are never cut off: what is left after the wait ends by itself, and its bytes go then.
         Raises AdapterNotFound, VersionNotFound, AliasInUse, PreconditionFailed.
         """
-        if (
-            version is None
-            and self._registrar.failures.pop(name, None) is not None
-            and not self._registrar.versions(name)
-        ):
+        if version is None and name in self._registrar.failures and not self._registrar.versions(name):
+            if expect is not None:
+                expect(None)
+            del self._registrar.failures[name]
             return Deleted([], 0)
         delete = functools.partial(self.catalog.delete, name, version, force=force, expect=expect)
         doomed = await asyncio.to_thread(delete)
         if version is None:
+            self._registrar.failures.pop(name, None)
             await self.releases.forget(name)
         if drain_timeout_s > 0:
             await asyncio.wait([asyncio.create_task(self.drained(item)) for item in doomed], timeout=drain_timeout_s)

@@ -99,6 +99,7 @@ class Releases:
             for kind in (_GATE, _CANARY):
                 await asyncio.to_thread(self._rules.write, key, kind, None)
             self._watches.pop(key, None)
+        await self.on_moved()
 
     async def forget(self, name: str) -> None:
         """An adapter was deleted: its gates and canaries go."""
@@ -231,12 +232,8 @@ class Releases:
             logger.error("the canaries of the store cannot be read: %s", error)
             return
         running = {key: canary for key, canary in found.items() if canary.state is CanaryState.RUNNING}
-        self._watches = {key: watch for key, watch in self._watches.items() if running.get(key) == watch.canary} | {
-            key: CanaryWatch(canary) for key, canary in running.items() if self._is_new(key, canary)
-        }
-
-    def _is_new(self, key: AliasKey, canary: Canary) -> bool:
-        return key not in self._watches or self._watches[key].canary != canary
+        known = {key: watch for key, watch in self._watches.items() if running.get(key) == watch.canary}
+        self._watches = {key: known.get(key) or CanaryWatch(canary) for key, canary in running.items()}
 
     async def _roll_back_by_itself(self, key: AliasKey, canary: Canary, reason: str) -> None:
         async with self._turn(key.name):

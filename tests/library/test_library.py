@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from adapters_store.errors import AdapterNotFound, InvalidHeader, InvalidName, V
 from adapters_store.record import Content, VersionState
 from peft_core.image import read_header
 from peft_core.traits import AdapterTraits
+from server.engine.request import AdapterTicket
 from server.library.errors import AdapterUnusable
 from server.library.lease import AdapterLease
 from server.loader.errors import AdapterRefused, LoaderUnavailable
@@ -273,6 +274,24 @@ async def test_a_request_keeps_the_version_it_began_with(tmp_path: Path) -> None
         assert library.look_up("sql").version == 1
         with pytest.raises(VersionNotFound):
             await library.releases.move("sql", "default", {9: 1})
+
+
+@in_a_loop
+async def test_what_is_kept_on_the_device_follows_the_alias_until_it_is_gone(tmp_path: Path) -> None:
+    async with open_library(tmp_path) as (library, _):
+        kept: list[list[str]] = []
+
+        async def keep(tickets: Sequence[AdapterTicket]) -> None:
+            kept.append([ticket.name for ticket in tickets])
+
+        library.pins.keep = keep
+        for seed in (1, 2):
+            await upload(library, "sql", make_files(seed))
+        library.catalog.amend("sql", lambda said: replace(said, pinned=True))
+        await library.pins.apply("sql")
+        await library.releases.move("sql", "default", {1: 1})
+        await library.releases.remove("sql", "default")
+        assert kept == [["sql@2"], ["sql@1"], ["sql@2"]]
 
 
 @in_a_loop

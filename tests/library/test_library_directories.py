@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.errors import FileRefused
+from adapters_store.errors import FileRefused, PreconditionFailed
 from adapters_store.record import VersionState
+from server.api.preconditions import Precondition
 from server.library.directory import AdapterDirectory
 from server.library.errors import AdapterUnusable, NotADirectory
 from tests.library.library_samples import in_a_loop, make_files, make_target, open_library, upload, write_files
@@ -105,6 +106,9 @@ async def test_bad_directories_are_listed_as_failed_and_stop_nothing(tmp_path: P
         write_files(adapters / "dora", make_files(4))
         assert (await library.discover(adapters)).added == ["dora"]
         assert (await library.show("dora")).state is VersionState.READY
+        with pytest.raises(PreconditionFailed):
+            await library.delete("broken", expect=Precondition(if_match="*").check)
+        assert "broken" in {record.name for record in library.page().records}
         await library.delete("broken")
         assert "broken" not in {record.name for record in library.page().records}
 
