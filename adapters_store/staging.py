@@ -17,7 +17,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,7 @@ ALLOWED_FILES = (
 
 _CONFIGS = (CONFIG_FILE, "head_config.json")
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)  # no separators, so nothing climbs
+_OTHER_WEIGHTS = ("adapter_model.bin", "pytorch_adapter.bin", MLX_WEIGHTS_FILE)  # each refused with its own advice
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -90,6 +91,15 @@ def is_allowed(path: str) -> bool:
     except FileRefused:
         return False
     return True
+
+
+def refuse_other_weights(paths: Collection[str]) -> None:
+    """Raises FileRefused where an adapter's only weights are a pickle, or must be converted first."""
+    if WEIGHTS_FILE in paths or HUB_WEIGHTS_FILE in paths:
+        return
+    for path in _OTHER_WEIGHTS:
+        if path in paths:
+            check_path(path)
 
 
 class Stage:

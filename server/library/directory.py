@@ -27,19 +27,10 @@ from typing import Any
 
 from adapters_store.errors import FileRefused
 from adapters_store.record import Source
-from adapters_store.staging import (
-    CONFIG_FILE,
-    HUB_WEIGHTS_FILE,
-    MLX_WEIGHTS_FILE,
-    WEIGHTS_FILE,
-    Stage,
-    check_path,
-    is_allowed,
-)
+from adapters_store.staging import CONFIG_FILE, Stage, is_allowed, refuse_other_weights
 from server.library.errors import NotADirectory
 
 _CHUNK_BYTES = 1 << 20
-_OTHER_WEIGHTS = ("adapter_model.bin", "pytorch_adapter.bin", MLX_WEIGHTS_FILE)  # each refused with its own advice
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
@@ -66,11 +57,7 @@ class AdapterDirectory:
             UploadRefused, DiskFull: as `Stage.add_file`.
             OSError: a file cannot be read.
         """
-        home = adapter_in(self.path)
-        if not any((home / name).exists() for name in (WEIGHTS_FILE, HUB_WEIGHTS_FILE)):
-            for name in _OTHER_WEIGHTS:
-                if (home / name).exists():
-                    check_path(name)
+        refuse_other_weights(os.listdir(adapter_in(self.path)))
         for file in self._files():
             with file.open("rb") as opened, stage.open_file(file.name, num_bytes=file.stat().st_size) as sink:
                 while chunk := opened.read(_CHUNK_BYTES):

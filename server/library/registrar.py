@@ -91,7 +91,7 @@ class Registrar:
             try:
                 await asyncio.to_thread(directory.copy_into, stage)
             except BaseException:
-                stage.close()
+                await asyncio.to_thread(stage.close)
                 raise
             known = self._catalog.find_content(directory.name, stage.manifest_digest)
             if known is None or known.state is not VersionState.READY:

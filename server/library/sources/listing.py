@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters_store.record import Source
-from adapters_store.staging import CONFIG_FILE, HUB_WEIGHTS_FILE, MLX_WEIGHTS_FILE, WEIGHTS_FILE, check_path, is_allowed
+from adapters_store.staging import CONFIG_FILE, HUB_WEIGHTS_FILE, WEIGHTS_FILE, is_allowed, refuse_other_weights
 from server.library.errors import SourceNotFound
 
 CHUNK_BYTES = 1 << 20
 STALL_S = 15.0  # nothing arrives for so long: given up
-_OTHER_WEIGHTS = ("adapter_model.bin", "pytorch_adapter.bin", MLX_WEIGHTS_FILE)  # each refused with its own advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +57,7 @@ def choose_files(files: Iterable[SourceFile], where: str) -> tuple[SourceFile, .
     found = {file.name: file for file in files}
     if CONFIG_FILE not in found:
         raise SourceNotFound(f"{where} holds no {CONFIG_FILE}, so it is no adapter.")
+    refuse_other_weights(found)
     if not {WEIGHTS_FILE, HUB_WEIGHTS_FILE} & found.keys():
-        for name in _OTHER_WEIGHTS:
-            if name in found:
-                check_path(name)
         raise SourceNotFound(f"{where} holds no {WEIGHTS_FILE}.")
     return tuple(found[name] for name in sorted(found) if is_allowed(name))

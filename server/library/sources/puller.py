@@ -80,8 +80,10 @@ class Puller:
             # An empty token is none at all: not even the server's own.
             opening = functools.partial(open_source, reference, self.policy, token if is_trusted else token or "")
             fetched = await Download(opening, stage, progress).finish()
-        with fetched.stage:
+        try:
             yield fetched
+        finally:  # removing gigabytes takes a while
+            await asyncio.to_thread(fetched.stage.close)
 
     def check(self, uri: str, token: str | None = None, *, is_trusted: bool = True) -> SourceReference:
         """What can be known without asking anybody. Raises SourceInvalid, SourceForbidden."""
