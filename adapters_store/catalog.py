@@ -216,10 +216,6 @@ class Catalog:
             self.upkeep.prune(name)
         return Committed(self.look_up(Reference(name, number, None)), created=known is None)
 
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Points an alias to one version, atomically. Raises as `AliasBook.set`."""
-        self.aliases.set(name, alias, version)
-
     def amend(
         self, name: str, change: Callable[[Attributes], Attributes], *, expect: Expectation | None = None
     ) -> AdapterRecord:

@@ -58,7 +58,7 @@ def label(said: Attributes) -> Attributes:
 
 SCENARIOS: dict[str, Callable[[Catalog], object]] = {
     "upload": upload,
-    "alias": lambda catalog: catalog.set_alias("sql", "default", 7),
+    "alias": lambda catalog: catalog.aliases.set("sql", "default", 7),
     "weigh": lambda catalog: catalog.aliases.weigh("sql", "default", {6: 9, 7: 1}),
     "roll-back": lambda catalog: catalog.aliases.roll_back("sql", "canary"),
     "remove-alias": lambda catalog: catalog.aliases.remove("sql", "canary"),

@@ -108,10 +108,10 @@ def test_create_only_refuses_a_name_that_is_taken(catalog: Catalog) -> None:
 def test_an_alias_moves_to_committed_versions_only(catalog: Catalog, store: Path) -> None:
     commit(catalog, "sql", 1)
     commit(catalog, "sql", 2)
-    catalog.set_alias("sql", "prod", 1)
-    catalog.set_alias("sql", "prod", 2)
+    catalog.aliases.set("sql", "prod", 1)
+    catalog.aliases.set("sql", "prod", 2)
     with pytest.raises(VersionNotFound):
-        catalog.set_alias("sql", "prod", 3)
+        catalog.aliases.set("sql", "prod", 3)
     catalog.close()
     again = Catalog(store, BASE)
     assert number_of(again, "sql@prod") == 2
@@ -148,7 +148,7 @@ def test_states_and_users_of_an_effect_are_counted_as_names_come_and_go(catalog:
     assert catalog.names_using([second.content.effect_digest, "sha256:nobody"]) == ["sql"]
     catalog.mark(second, VersionState.FAILED, "damaged")
     assert catalog.num_by_state() == {VersionState.READY: 1, VersionState.FAILED: 1}
-    catalog.set_alias("sql", "default", 1)
+    catalog.aliases.set("sql", "default", 1)
     assert catalog.num_by_state() == {VersionState.READY: 2}
     catalog.delete("sql")
     assert catalog.num_by_state() == {VersionState.READY: 1}
@@ -180,7 +180,7 @@ def test_a_version_that_an_alias_points_to_is_deleted_by_force_only(catalog: Cat
     catalog.delete("sql", 2, force=True)
     with pytest.raises(AliasNotFound):
         catalog.look_up(parse_reference("sql"))
-    catalog.set_alias("sql", "default", 1)
+    catalog.aliases.set("sql", "default", 1)
     catalog.delete("sql", 1)  # the last one: nothing is left that the alias could move to
     assert catalog.num_adapters == 0
 

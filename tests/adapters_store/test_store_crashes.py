@@ -29,7 +29,7 @@ def prepare(store: Path) -> None:
         catalog.delete("sql")
     commit(catalog, "sql", 1)
     commit(catalog, "sql", 3, aliases=("canary",))
-    catalog.set_alias("sql", "canary", 6)
+    catalog.aliases.set("sql", "canary", 6)
     commit(catalog, "bystander", 4)
     catalog.close()
 
