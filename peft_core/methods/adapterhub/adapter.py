@@ -1,15 +1,15 @@
 """Adapters of AdapterHub's `adapters` library (https://adapterhub.ml), version 1.3 and earlier.
 
-    adapter_config.json       the method, the adapter's name, the base     `adapterhub_container`
-    adapter.safetensors       tensors, the adapter's name in their names   `adapterhub_tensors`
-    model_head.safetensors    the base's head, trained or not              `adapterhub_head`
+    adapter_config.json       the method, the adapter's name, the base     `container`
+    adapter.safetensors       tensors, the adapter's name in their names   `tensors`
+    model_head.safetensors    the base's head, trained or not              `head`
 
 The container shares the file name of PEFT's config, and nothing else. One adapter may unite several methods: a prefix
 and bottlenecks, say. Each is planned by itself and takes its tensors; what nobody takes is refused by name.
 
-    architecture null         bottlenecks          `adapterhub_bottleneck`
-    "lora"                    LoRA, DoRA, VeRA, IA3   `adapterhub_lora`
-    "prefix_tuning"           keys and values      `adapterhub_prefix`
+    architecture null         bottlenecks             `bottleneck`
+    "lora"                    LoRA, DoRA, VeRA, IA3   `lora`
+    "prefix_tuning"           keys and values         `prefix`
     "union"                   several of these
 """
 

@@ -12,7 +12,7 @@ residual stream before the block's own norm, the library computes, in place of r
     sequential      r + x + a(u)     u = h + r where original_ln_before, else h;  x = h, or u: residual_before_ln off
     parallel        r + h + a(r)
 
-and leaves out r where original_ln_after is off. See `adapterhub_reading` for what this becomes.
+and leaves out r where original_ln_after is off. See `reading` for what this becomes.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from peft_core.errors import BaseMismatch, MalformedAdapter, shown
+from peft_core.errors import BaseMismatch, shown
+from peft_core.methods.adapterhub.fields import wrong
 from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.tuner.config import TunerConfig
 from peft_core.spec import BaseModelSpec
@@ -64,10 +65,10 @@ def read_container(config: Mapping[str, Any], spec: BaseModelSpec) -> Container:
     ledger = ConfigLedger(config)
     method, version = ledger.use("config"), ledger.use("version")
     if not isinstance(method, dict):
-        raise _malformed("config", method, "the object that holds the method's configuration")
+        raise wrong("config", method, "the object that holds the method's configuration")
     name = ledger.use("name")
     if not isinstance(name, str) or not name or "." in name:
-        raise _malformed("name", name, "the adapter's name, which is part of its tensors' names")
+        raise wrong("name", name, "the adapter's name, which is part of its tensors' names")
     _require_base(ledger, spec)
     warnings = _other_base(ledger.use("model_name"), spec)
     ledger.set_aside(_IRRELEVANT)
@@ -84,7 +85,7 @@ def _parts(method: dict[str, Any]) -> list[Part]:
     configs = ledger.use("configs", [])
     ledger.close()
     if not isinstance(configs, list) or not configs or not all(isinstance(config, dict) for config in configs):
-        raise _malformed("configs", configs, "a list of the configurations that are united")
+        raise wrong("configs", configs, "a list of the configurations that are united")
     return [_part(config, f"config.configs[{number}]") for number, config in enumerate(configs)]
 
 
@@ -108,7 +109,7 @@ def _as_today(method: dict[str, Any], version: object) -> tuple[dict[str, Any], 
             return {**method, "non_linearity": today}, (sentence,)
         return method, ()
     if not isinstance(version, str):
-        raise _malformed("version", version, 'a string such as "adapters.1.3.0"')
+        raise wrong("version", version, 'a string such as "adapters.1.3.0"')
     is_old = version.startswith("adapters.") and _is_before_1_1(version)
     if is_old and method.get("architecture") == "lora" and method.get("alpha", 8) != method.get("r", 8):
         sentence = f'The config is of version "{version}", which trained with scaling 1 whatever alpha says.'
@@ -119,7 +120,7 @@ def _as_today(method: dict[str, Any], version: object) -> tuple[dict[str, Any], 
 def _is_before_1_1(version: str) -> bool:
     found = _VERSION.fullmatch(version)
     if found is None:
-        raise _malformed("version", version, 'a version such as "adapters.1.3.0"')
+        raise wrong("version", version, 'a version such as "adapters.1.3.0"')
     numbers = (int(found[1]), int(found[2]), int(found[3] or 0))
     return numbers < (1, 1, 0) or (numbers == (1, 1, 0) and _BEFORE_RELEASE.match(found[4]) is not None)
 
@@ -140,9 +141,3 @@ def _require_base(ledger: ConfigLedger, spec: BaseModelSpec) -> None:
 def _other_base(said: object, spec: BaseModelSpec) -> tuple[str, ...]:
     sentence = TunerConfig(rule=None, base_name=said).other_base(spec) if isinstance(said, str) and said else None
     return () if sentence is None else (sentence,)
-
-
-def _malformed(field: str, value: object, expected: str) -> MalformedAdapter:
-    return MalformedAdapter(
-        f'field "{field}" = {shown(value)}; expected {expected}. Correct adapter_config.json.', field=field, value=value
-    )

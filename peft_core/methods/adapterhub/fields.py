@@ -77,7 +77,7 @@ def refuse_gates(ledger: ConfigLedger) -> None:
 
 
 def wrong(field: str, value: object, expected: str) -> MalformedAdapter:
-    """The error for a field of the wrong type."""
+    """The error for a field whose value is none of those that are expected."""
     return MalformedAdapter(
         f'field "{field}" = {shown(value)}; expected {expected}. Correct adapter_config.json.', field=field, value=value
     )
