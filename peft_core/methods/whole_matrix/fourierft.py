@@ -24,7 +24,7 @@ from peft_core.methods.tensors import Header
 from peft_core.methods.tuner.config import read_tuner_config
 from peft_core.methods.tuner.file import sort_tuner_file
 from peft_core.methods.tuner.plan import Names, SiteData, TunerDraft, TunerPlan
-from peft_core.methods.whole_matrix.spectrum import SEED_FIELD, read_seed, require_coefficients, scattered
+from peft_core.methods.whole_matrix.spectrum import read_seed, require_coefficients, scattered
 from peft_core.spec import BaseModelSpec, Site
 
 KIND = "FOURIERFT"
@@ -43,7 +43,7 @@ def plan_fourierft(config: Mapping[str, Any], header: Header, spec: BaseModelSpe
     tuner = read_tuner_config(ledger, biases=("all", "fourier_only"))
     starts_random = not ledger.use_flag("init_weights")
     scaling = ledger.use_number("scaling", _DEFAULT_SCALING)
-    seed = read_seed(ledger, is_null=config.get(SEED_FIELD, 0) is None)
+    seed = read_seed(ledger, config)
     default_number = ledger.use_count("n_frequency") or _DEFAULT_NUMBER
     numbers = ledger.use_pattern_values("n_frequency_pattern")
     require_endings("n_frequency_pattern", numbers)
@@ -52,7 +52,7 @@ def plan_fourierft(config: Mapping[str, Any], header: Header, spec: BaseModelSpe
 
     def match(site: Site, names: Names) -> MatchedSite:
         stated = numbers.get(_pattern_of(site.path, numbers), default_number)
-        require_coefficients(header, names[_SUFFIX], site, stated, "n_frequency")
+        require_coefficients(header, names[_SUFFIX], site, stated)
         return MatchedSite(site.path, 0, scaling)
 
     def update(data: SiteData) -> SiteChange:

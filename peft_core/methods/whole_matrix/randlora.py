@@ -12,8 +12,7 @@
 
 The product has full rank and is kept as a whole matrix. Where save_projection is false the random matrices are drawn
 again from projection_prng_key, in the sizes that the targeted modules need, and in bfloat16, as PEFT does on every
-machine that knows it. PEFT also stores copies of them under every
-module; they change nothing.
+machine that knows it. PEFT also stores copies of them under every module; they change nothing.
 """
 
 from __future__ import annotations

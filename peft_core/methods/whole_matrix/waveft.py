@@ -27,7 +27,7 @@ from peft_core.methods.tensors import Header
 from peft_core.methods.tuner.config import read_tuner_config
 from peft_core.methods.tuner.file import sort_tuner_file
 from peft_core.methods.tuner.plan import Names, SiteData, TunerDraft, TunerPlan
-from peft_core.methods.whole_matrix.spectrum import SEED_FIELD, read_seed, require_coefficients, scattered
+from peft_core.methods.whole_matrix.spectrum import read_seed, require_coefficients, scattered
 from peft_core.methods.whole_matrix.wavelets import FILTERS, reconstructed
 from peft_core.spec import BaseModelSpec, Site
 
@@ -47,7 +47,7 @@ def plan_waveft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) 
     tuner = read_tuner_config(ledger, biases=("all", "waveft_only"))
     starts_random = not ledger.use_flag("init_weights", True)
     scaling = ledger.use_number("scaling", _DEFAULT_SCALING)
-    seed = read_seed(ledger, is_null=config.get(SEED_FIELD, 0) is None)
+    seed = read_seed(ledger, config)
     family = _read_family(ledger)
     default_number = ledger.use_count("n_frequency") or _DEFAULT_NUMBER
     numbers = ledger.use_pattern_values("n_frequency_pattern")
@@ -59,7 +59,7 @@ def plan_waveft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) 
     def match(site: Site, names: Names) -> MatchedSite:
         pattern = first_match(numbers, site.path)
         stated = None if is_proportional else default_number if pattern is None else pattern
-        require_coefficients(header, names[_SUFFIX], site, stated, "n_frequency")
+        require_coefficients(header, names[_SUFFIX], site, stated)
         return MatchedSite(site.path, 0, scaling)
 
     def update(data: SiteData) -> SiteChange:
