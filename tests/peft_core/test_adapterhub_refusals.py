@@ -89,12 +89,20 @@ def test_other_methods_are_refused(architecture: str) -> None:
         ("phi", "double_seq_bn", {"is_parallel": True}, "is_parallel"),
         ("gemma2", "par_bn", {"is_parallel": False, "original_ln_before": True, "ln_before": True}, "ln_before"),
         ("llama", "lora", {"attn_matrices": ["q", "o"]}, "attn_matrices"),
-        ("gpt2", "lora_qkv", {"use_dora": True}, None),
     ],
 )
-def test_switches_without_a_form_are_refused(base: str, name: str, fields: dict[str, Any], told: str | None) -> None:
-    spoilt = Spoilt(base, name).set(**fields)
-    assert spoilt.refusal(UnsupportedAdapter if told else MalformedAdapter).field == told
+def test_switches_without_a_form_are_refused(base: str, name: str, fields: dict[str, Any], told: str) -> None:
+    assert Spoilt(base, name).set(**fields).refusal().field == told
+
+
+def test_what_the_library_fails_on_in_gpt2_is_refused_even_with_all_its_tensors() -> None:
+    dora = Spoilt("gpt2", "lora_qkv").set(use_dora=True)
+    factors = [name for name in dora.tensors if name.endswith("lora_B")]
+    for name in factors:
+        dora.tensors[name.replace("lora_B", "m.weight")] = torch.ones(len(dora.tensors[name]), 1)
+    assert dora.refusal().field == "use_dora"
+    vera = Spoilt("gpt2", "vera").set(selfattn_lora=True).rename("mlp.c_proj", "attn.c_attn")
+    assert vera.refusal().field == "vera_d"
 
 
 @pytest.mark.parametrize(
