@@ -10,7 +10,8 @@ endpoint is marked otherwise:
                  and no web page of another origin. With an admin port, there alone.
 
 The adapter that a path names must be one that the key sees; an admin route whose path names none is closed to keys
-that do not see all adapters, unless its endpoint is marked `@scoped`: it keeps to what its caller sees by itself.
+that do not see all adapters, unless its endpoint is marked `@scoped`: it keeps to what its caller sees by itself. A
+query parameter that an admin route does not have is refused.
 
 Keys of the command line are compared as digests, all of them each time, so that neither length nor position can be
 measured. The header is never logged or passed on: clients may send a token there that is meant for somebody else.
@@ -32,7 +33,7 @@ from starlette.types import Message, Receive
 
 from adapters_store.errors import AdapterNotFound
 from server.api.caller import ALL_SCOPES, ANYBODY, STRANGER, Caller
-from server.api.errors import Forbidden, NoSuchRoute, Refusal, Unauthorized, error_response, explain
+from server.api.errors import AdminRefusal, Forbidden, NoSuchRoute, Refusal, Unauthorized, error_response, explain
 from server.api.upload_body import FRAME_BYTES
 from server.keys import KeysFile, Scope
 from server.settings import LOOPBACK_HOSTS, Settings
@@ -144,12 +145,16 @@ class GuardedRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
         access = getattr(self.endpoint, _MARK, "user")
+        known_query = sorted(parameter.alias for parameter in self.dependant.query_params)
+        unknown_query_code = "invalid_upload" if getattr(self.endpoint, _UPLOAD_MARK, False) else "validation"
 
         async def guarded(request: Request) -> Response:
             gate: Gate = request.app.state.service.gate
             try:
                 request.state.caller = caller = gate.check(request, access)
                 _keep_to_scope(caller, request, access, getattr(self.endpoint, _SCOPED_MARK, False))
+                if access == "admin":
+                    _require_known_query(request, known_query, unknown_query_code)
             except (Refusal, AdapterNotFound) as refusal:
                 told = explain(refusal)
                 assert told is not None
@@ -222,6 +227,14 @@ def _keep_to_scope(caller: Caller, request: Request, access: str, keeps_to_it: b
         caller.require(name)
     elif access == "admin" and not keeps_to_it:
         raise Forbidden("this route is about all adapters; it takes a key for all adapters")
+
+
+def _require_known_query(request: Request, known: list[str], code: str) -> None:
+    """Raises AdminRefusal for a parameter that there is not: a misspelt `dry_run` must not commit."""
+    for name in request.query_params:
+        if name not in known:
+            there = f"there are {', '.join(known)}" if known else "there are none here"
+            raise AdminRefusal(422, code, f"unknown parameter {name[:80]!r}; {there}")
 
 
 def _body_cap(endpoint: Callable[..., Any], settings: Settings) -> int:

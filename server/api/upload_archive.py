@@ -25,7 +25,7 @@ from server.api.preconditions import Precondition
 from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
 from server.api.upload_body import announced_bytes, take_body
-from server.api.upload_order import UploadOrder, carry_out, check_known, require_known_query, wanted_aliases
+from server.api.upload_order import UploadOrder, carry_out, check_known, wanted_aliases
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 _ANY: tuple[Format, ...] = ("tar", "gzip", "zip")
@@ -56,7 +56,6 @@ _RESPONSES: Responses = {
     200: {"description": "Known content, or a dry run.", "model": VersionResource | CheckResource},
     201: {"description": "A new version.", "model": VersionResource},
 }
-_QUERY = ("alias", "promote", "dry_run")
 
 
 @router.put(
@@ -78,7 +77,6 @@ async def upload_archive(
     """`curl -T sql.tar.gz URL`: a tar, gzipped tar or zip archive of one adapter's files."""
     service: Service = request.app.state.service
     library = service.front.library
-    require_known_query(request, _QUERY)
     order = UploadOrder(
         check_name(name),
         wanted_aliases(name, alias, promote),

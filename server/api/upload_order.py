@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fastapi import Request, Response
@@ -15,7 +14,6 @@ from adapters_store.record import AdapterRecord
 from adapters_store.staging import Stage
 from server.api.adapter_view import residents_of, view_version
 from server.api.audit import unchanged
-from server.api.errors import AdminRefusal
 from server.api.preconditions import Precondition, etag_header
 from server.api.resources import CheckResource, file_resources
 from server.api.service import Service
@@ -37,19 +35,6 @@ def wanted_aliases(name: str, alias: str | None, promote: bool) -> tuple[str, ..
     check_name(name)
     named = () if alias is None else (check_alias(alias),)
     return (*((DEFAULT_ALIAS,) if promote else ()), *named)
-
-
-def require_known_query(request: Request, known: Collection[str]) -> None:
-    """Raises AdminRefusal for a parameter that there is not: a misspelt `dry_run` must not commit."""
-    for name in request.query_params:
-        if name == "version":
-            raise AdminRefusal(
-                422, "invalid_upload", "the store numbers versions itself; use `If-Match` to be sure of what was there"
-            )
-        if name not in known:
-            raise AdminRefusal(
-                422, "invalid_upload", f"unknown parameter {name[:80]!r}; there are {', '.join(sorted(known))}"
-            )
 
 
 def known_record(library: Library, name: str) -> AdapterRecord | None:

@@ -16,13 +16,14 @@ from server.api.auth import admin, guarded_router, scoped, takes_upload
 from server.api.blobs import pending_files
 from server.api.caller import caller_of
 from server.api.documented import ADMIN_CHANGE, ADMIN_ONE, ADMIN_UPLOAD, Responses
+from server.api.errors import AdminRefusal
 from server.api.operations import OperationResource
 from server.api.preconditions import Precondition
 from server.api.pulls import PullOrder, is_order, start_pull
 from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
 from server.api.upload import UploadForm, UploadMetadata, receive
-from server.api.upload_order import UploadOrder, carry_out, check_known, require_known_query
+from server.api.upload_order import UploadOrder, carry_out, check_known
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 _CONTENT = {
@@ -55,11 +56,11 @@ async def upload(
     `curl --json '{"name": "sql", "source": {"uri": "org/sql-lora"}}' URL?wait=60`
     """
     if is_order(request):
-        require_known_query(request, ("dry_run", "wait"))
         return await start_pull(request, is_dry_run=dry_run, wait_s=wait)
     service: Service = request.app.state.service
     library = service.front.library
-    require_known_query(request, ("dry_run",))
+    if "wait" in request.query_params:
+        raise AdminRefusal(422, "invalid_upload", "`wait` is for a source; files are checked before the answer anyway")
     precondition = Precondition.of(request.headers)
 
     def expect(metadata: UploadMetadata) -> None:

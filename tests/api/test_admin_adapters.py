@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -62,6 +63,27 @@ def test_a_dry_run_keeps_nothing(visit: Visit) -> None:
         assert good.json()["report"]["kind"] == "LORA"
         assert (await door.client.get("/admin/v1/adapters")).json()["data"] == []
         assert door.leftovers() == []
+
+    visit(test)
+
+
+def test_a_parameter_that_a_route_does_not_have_is_refused_before_anything_happens(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        await door.upload("sql")
+        paths = {(method, path) for path, item in door.app.openapi()["paths"].items() for method in item}
+        asked = sorted((method, path) for method, path in paths if path.startswith("/admin/"))
+        assert len(asked) > 25
+        for method, path in asked:
+            address = re.sub(r"\{\w+\}", "1", path.replace("{name}", "sql"))
+            answer = await door.client.request(method, address + "?dryrun=true")
+            assert answer.status_code == 422, (method, path)
+            assert method == "head" or "'dryrun'" in answer.json()["error"]["message"], (method, path)
+        one_version = await door.client.delete("/admin/v1/adapters/sql?version=1")
+        assert (one_version.status_code, one_version.json()["error"]["code"]) == (422, "validation")
+        assert "drain_timeout_s, force" in one_version.json()["error"]["message"]
+        multipart = await door.client.post("/admin/v1/adapters?wait=1", files=door.parts("poet"))
+        assert (multipart.status_code, multipart.json()["error"]["code"]) == (422, "invalid_upload")
+        assert [one["name"] for one in (await door.client.get("/admin/v1/adapters")).json()["data"]] == ["sql"]
 
     visit(test)
 
