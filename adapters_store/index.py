@@ -45,6 +45,8 @@ class Index:
         self._num_by_state: Counter[VersionState] = Counter()
         self._changed: set[str] = set()
         self._damaged: set[str] = set()
+        self._described: set[str] = set()  # names with visible versions of which anything is said
+        self._draining: set[str] = set()  # names with deleted versions whose record is still there
 
     def disk(self, name: str) -> OnDisk:
         """What was read of a name last."""
@@ -73,9 +75,9 @@ class Index:
             bisect.insort(self._names, name)
         if before.versions and not entry.versions:
             self._names.remove(name)
-        self._damaged.discard(name)
-        if disk.is_damaged or disk.damaged:
-            self._damaged.add(name)
+        _keep(self._damaged, name, disk.is_damaged or bool(disk.damaged))
+        _keep(self._described, name, bool(entry.versions) and disk.attributes != Attributes())
+        _keep(self._draining, name, len(disk.versions) > len(entry.versions))
         if entry.disk == OnDisk():
             del self._entries[name]
 
@@ -100,10 +102,10 @@ class Index:
     def hidden(self) -> list[AdapterVersion]:
         """Deleted versions whose record and bytes are still there."""
         return [
-            entry.disk.versions[number]
-            for entry in self._entries.values()
-            if entry.disk.gone
-            for number in entry.disk.versions.keys() & entry.disk.gone
+            version
+            for name in self._draining
+            for number, version in self._entries[name].disk.versions.items()
+            if number in self._entries[name].disk.gone
         ]
 
     def is_hidden(self, version: AdapterVersion) -> bool:
@@ -128,8 +130,7 @@ class Index:
 
     def attributes(self) -> dict[str, Attributes]:
         """Of adapters of which anything is said."""
-        plain = Attributes()
-        return {name: found for name in self._names if (found := self._entries[name].disk.attributes) != plain}
+        return {name: self._entries[name].disk.attributes for name in sorted(self._described)}
 
     def names_with_more_than(self, num_versions: int) -> list[str]:
         return [name for name in self._names if len(self._entries[name].versions) > num_versions]
@@ -237,6 +238,13 @@ class Index:
             _add(names, version.name, sign)
             if not names:
                 del self._names_by_effect[effect]
+
+
+def _keep(names: set[str], name: str, is_member: bool) -> None:
+    if is_member:
+        names.add(name)
+    else:
+        names.discard(name)
 
 
 def _add(counts: Counter[str], key: str, number: int) -> None:
