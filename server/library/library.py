@@ -201,11 +201,8 @@ class Library:
         parsed = parse_reference(reference)
         try:
             return self.catalog.look_up(parsed, key)
-        except AdapterNotFound as error:
-            if parsed.name in self._registrar.failures:
-                raise AdapterUnusable(
-                    f"adapter {parsed.name!r} could not be registered: {self._registrar.failures[parsed.name]}"
-                ) from error
+        except AdapterNotFound:
+            self._registrar.check(parsed.name)
             raise
 
     async def resolve(self, reference: str, key: str | None = None) -> AdapterLease:
@@ -216,8 +213,12 @@ class Library:
             AdapterUnusable: it is there, and cannot be served by this server.
             LoaderUnavailable: its image is missing and could not be packed now; try again.
         """
-        self.look_up(reference)
-        lease = self.catalog.lease(parse_reference(reference), key)
+        parsed = parse_reference(reference)
+        try:
+            lease = self.catalog.lease(parsed, key)
+        except AdapterNotFound:
+            self._registrar.check(parsed.name)
+            raise
         try:
             return AdapterLease(lease, await self.ensure_image(lease.version))
         except AdapterUnusable:

@@ -13,7 +13,7 @@ from adapters_store.errors import AdapterNotFound, StoreError
 from adapters_store.names import DEFAULT_ALIAS, check_name
 from adapters_store.record import AdapterVersion, Source, VersionState
 from server.library.directory import AdapterDirectory, find_directories
-from server.library.errors import LibraryError
+from server.library.errors import AdapterUnusable, LibraryError
 from server.loader.errors import LoaderError
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,11 @@ class Registrar:
             raise
         self.failures.pop(directory.name, None)
         return committed
+
+    def check(self, name: str) -> None:
+        """Raises AdapterUnusable, with the reason, where the directory of this name could not be registered."""
+        if name in self.failures:
+            raise AdapterUnusable(f"adapter {name!r} could not be registered: {self.failures[name]}")
 
     def versions(self, name: str) -> tuple[AdapterVersion, ...]:
         """What is committed under a name; possibly nothing."""
