@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters_store import fsck
+from adapters_store.alias_rules import AliasKey, AliasRules
 from adapters_store.attributes import Attributes
+from adapters_store.audit_log import AuditEntry, AuditLog
 from adapters_store.backup import backup, export, restore
 from adapters_store.catalog import Catalog
 from adapters_store.errors import StoreDamaged, StoreUnusable, VersionNotFound
@@ -35,6 +37,8 @@ def codes(found: fsck.Checkup) -> list[str]:
 
 def test_a_backup_taken_from_a_running_store_restores_all_of_it(catalog: Catalog, store: Path, tmp_path: Path) -> None:
     fill(catalog)
+    AliasRules(store).write(AliasKey("sql", "prod"), "gate", {"prompts": []})
+    AuditLog(store).append(AuditEntry("me", "alias.set", "sql@prod"))
     with catalog.lease(parse_reference("sql")):
         done = backup(store, tmp_path / "store.tar")
     assert (done.num_adapters, done.num_versions) == (2, 3)
@@ -43,6 +47,8 @@ def test_a_backup_taken_from_a_running_store_restores_all_of_it(catalog: Catalog
     again = Catalog(tmp_path / "again", BASE)
     assert again.page().records == catalog.page().records
     assert commit(again, "gone", 4).version.version == 2, "a number came back"
+    assert AliasRules(tmp_path / "again").read(AliasKey("sql", "prod")) == {"gate": {"prompts": []}}
+    assert [entry.target for entry in AuditLog(tmp_path / "again").tail(9)] == ["sql@prod"]
     again.close()
     assert fsck.check(tmp_path / "again").findings == ()
     with pytest.raises(FileExistsError):
