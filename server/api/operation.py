@@ -5,7 +5,7 @@
     operation.seal()                                                                         too late to cancel
     async for seen in operation.changes(): ...                                               ends with the operation
 
-    queued -> downloading | uploading | verifying | validating | loading -> succeeded | failed | cancelled
+    queued -> downloading | validating | loading -> succeeded | failed | cancelled
 
 Operations live as long as the process; of those that ended the last `MAX_KEPT` are kept. Belongs to one event loop.
 """
@@ -26,7 +26,7 @@ from server.api.errors import BUG, AdminRefusal, Explanation, explain
 
 MAX_KEPT = 1000
 log = logging.getLogger("veneer.http")
-Step = Literal["queued", "downloading", "uploading", "verifying", "validating", "loading"]
+Step = Literal["queued", "downloading", "validating", "loading"]
 Status = Literal[Step, "succeeded", "failed", "cancelled"]
 
 
@@ -39,9 +39,8 @@ class Operation:
         self.target = target  # "sql" or "sql@3"
         self.actor = actor  # who asked for it
         self.status: Status = "queued"
-        self.completed = 0
+        self.completed = 0  # bytes
         self.total: int | None = None  # None: not known
-        self.unit = "bytes"
         self.result: Mapping[str, Any] | None = None  # the resource that it made
         self.error: Explanation | None = None
         self.created_at = self.updated_at = _now()
@@ -58,9 +57,9 @@ class Operation:
         self.completed, self.total = 0, None
         self._turn(step)
 
-    def advance(self, completed: int, total: int | None = None, unit: str = "bytes") -> None:
-        """How far the step is. Cheap enough to be called for every piece of a download."""
-        self.completed, self.total, self.unit = completed, total, unit
+    def advance(self, completed: int, total: int | None = None) -> None:
+        """How far the step is, in bytes. Cheap enough to be called for every piece of a download."""
+        self.completed, self.total = completed, total
         self._tell()
 
     def seal(self) -> None:
@@ -156,7 +155,7 @@ class OperationBook:
         operation.run(told)
         return operation
 
-    def find(self, operation_id: str, sees: Callable[[Operation], bool] = lambda operation: True) -> Operation:
+    def find(self, operation_id: str, sees: Callable[[Operation], bool]) -> Operation:
         """Raises AdminRefusal for one that is not there, or that the caller does not see."""
         found = self._operations.get(operation_id)
         if found is None or not sees(found):
@@ -167,9 +166,6 @@ class OperationBook:
     def all(self) -> list[Operation]:
         """Youngest first."""
         return list(reversed(self._operations.values()))
-
-    def num_running(self) -> int:
-        return sum(not operation.is_done for operation in self._operations.values())
 
     def _forget_old(self) -> None:
         done = [key for key, operation in self._operations.items() if operation.is_done]

@@ -31,7 +31,7 @@ _RETRY_AFTER_S = "1"
 class Progress(BaseModel):
     completed: int
     total: int | None = Field(description="null while it is not known.")
-    unit: str
+    unit: Literal["bytes"] = "bytes"
 
 
 class OperationResource(BaseModel):
@@ -40,9 +40,7 @@ class OperationResource(BaseModel):
     kind: str
     target: str = Field(description="name or name@version")
     done: bool
-    status: str = Field(
-        description="queued, downloading, uploading, verifying, validating, loading, succeeded, failed or cancelled"
-    )
+    status: str = Field(description="queued, downloading, validating, loading, succeeded, failed or cancelled")
     progress: Progress
     error: ErrorBody | None
     result: dict[str, Any] | None = Field(description="The resource that it made.")
@@ -122,7 +120,7 @@ def operation_resource(operation: Operation) -> OperationResource:
         target=operation.target,
         done=operation.is_done,
         status=operation.status,
-        progress=Progress(completed=operation.completed, total=operation.total, unit=operation.unit),
+        progress=Progress(completed=operation.completed, total=operation.total),
         error=error,
         result=None if operation.result is None else dict(operation.result),
         created_at=operation.created_at,

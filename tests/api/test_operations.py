@@ -71,7 +71,7 @@ def test_waiting_for_an_operation_ends_with_the_time_that_was_given(visit: Visit
 def test_its_changes_are_streamed_until_it_ends(visit: Visit) -> None:
     async def test(door: Door) -> None:
         async def work(running: Operation) -> None:
-            running.enter("uploading")
+            running.enter("downloading")
             for number in range(3):
                 await asyncio.sleep(0.02)
                 running.advance(number, 3)
