@@ -82,9 +82,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Engi
         max_bytes=config.adapter_bytes,
         worth_of=worth_of,
     )
-    limits = EngineLimits(
-        base.max_model_len, vocab_size, base.eos_token_ids, num_units, unit_bytes, config.adapter_bytes
-    )
+    limits = EngineLimits(base.max_model_len, vocab_size, base.eos_token_ids, num_units, unit_bytes)
     engine = Engine(config, limits, runner, adapters, blocks)
     progress("ready", 1.0)
     return engine, _description(config, base, limits, adapter_dtype)

@@ -12,4 +12,3 @@ class EngineLimits:
     eos_token_ids: tuple[int, ...]
     num_units: int  # size of the pool
     unit_bytes: int  # one K/V block of `EngineConfig.block_size` tokens, all layers
-    max_adapter_bytes: int | None = None  # budget of all resident adapters; None: what the pool gives

@@ -37,7 +37,6 @@ class FakeEngine:
         self._requests: dict[str, EngineRequest] = {}
         self._ended: list[RequestDelta] = []
         self._adapters: dict[str, AdapterTicket] = {}
-        self._expected: list[str] = []
         self._evicted: list[AdapterEvent] = []
         self._kept: set[str] = set()
         self._loading: list[tuple[AdapterTicket, float]] = []
@@ -76,7 +75,7 @@ class FakeEngine:
         )
 
     def expect(self, ticket: AdapterTicket) -> None:
-        self._expected.append(ticket.key)
+        self.load(ticket)
 
     def keep(self, tickets: list[AdapterTicket]) -> None:
         if any("huge" in ticket.name for ticket in tickets):

@@ -236,7 +236,7 @@ class Bench:
         worth_of: WorthOf = worth_by_use,
     ) -> None:
         self.clock = Clock()
-        self.limits = EngineLimits(max_model_len, VOCAB_SIZE, (EOS,), num_units, UNIT_BYTES, max_adapter_bytes)
+        self.limits = EngineLimits(max_model_len, VOCAB_SIZE, (EOS,), num_units, UNIT_BYTES)
         config = EngineConfig(
             model="simulated",
             max_num_seqs=max_num_seqs,

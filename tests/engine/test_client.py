@@ -269,6 +269,21 @@ def test_kept_adapters_are_told_to_the_engine_and_to_the_one_after_it() -> None:
     run(scene())
 
 
+def test_what_is_expected_is_on_its_way_before_it_is_asked_for() -> None:
+    async def scene() -> None:
+        async with engine("fake step_ms=2") as client:
+            client.expect(AdapterTicket("key", "sql@3", "/store/sql.img", 100))
+            while client.on_device != {"key"}:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            sent: list[object] = []
+            client._supervisor.send = sent.append  # type: ignore[method-assign]
+            client.expect(AdapterTicket("key", "sql@3", "/store/sql.img", 100))
+            client.expect(AdapterTicket("other", "sql@4", "/store/sql.img", 100))
+            assert len(sent) == 1, "what is on the device is not asked for again"
+
+    run(scene())
+
+
 def test_draining_finishes_what_runs_and_accepts_nothing_more() -> None:
     async def scene() -> None:
         async with engine("fake step_ms=5") as client:
