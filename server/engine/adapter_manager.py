@@ -163,9 +163,10 @@ class AdapterManager:
             ticket.key in self._device.records
             or ticket.key in self._warming
             or self._failures.recent(ticket.key) is not None
+            or self.units_of(ticket) > self._max_units
         ):
             return
-        if may_take_room and self.units_of(ticket) <= self._max_units:
+        if may_take_room:
             self._start(ticket)
         if ticket.key not in self._device.records and not self.reader.is_in_host(ticket.key):
             self._warm(ticket)
