@@ -198,8 +198,8 @@ def drop_from_page_cache(ticket: AdapterTicket) -> None:
 
 
 def deliver(arguments: argparse.Namespace, measured: dict[str, Measured]) -> None:
-    size = max(AdapterShape(arguments.rank).rank * (TINY if arguments.quick else STANDARD).adapter_parameters(
-        AdapterShape(1)), 1) * 4 / 1e6  # fmt: skip
+    shape = TINY if arguments.quick else STANDARD
+    size = shape.adapter_parameters(AdapterShape(arguments.rank)) * 4 / 1e6
     facts = conditions(
         streams=f"{arguments.streams}, on {min(4, arguments.streams)} adapters of rank 16",
         storm=f"{arguments.loads_per_s:g}/s, 16 + 4 tokens each, cold adapters of {size:.1f} MB",

@@ -2,7 +2,7 @@
 
 One engine, one process, interleaved rounds in rotating order: 16 requests of 64 + 48 tokens on a base of 69 million
 parameters. A round is the base, or 16 different adapters of one kind (LoRA of rank 16 on all projections; IA3; prefixes
-of 32 tokens; bottlenecks of 1/16 of the hidden size beside attention and feed-forward), or four of each kind together.
+of 32 tokens; bottlenecks of 1/16 of the hidden size after attention and feed-forward), or four of each kind together.
 
 Request i of the mixed round uses the same adapter as request i of its kind's own round, so their answers must be equal
 token for token; that is counted. Compared are medians of the decode steps of a round, with rounds as pairs, so that

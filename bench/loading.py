@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,7 +46,7 @@ class Loading:
     base: float  # weights of the base
     decode: float  # without both
     pack: float  # lay out, write
-    again: float  # read the image into memory that is there
+    again: float  # read the image into memory that is there, compare its checksum
 
 
 class _Clock:
@@ -128,11 +129,13 @@ def load(directory: Path, spec: BaseModelSpec, base: BaseFiles, dtype: str) -> t
 
 
 def _read_again(path: Path, room: bytearray) -> None:
-    """As the engine does when the adapter comes back."""
-    _, start = read_header(path)
+    """As the engine does when the adapter comes back: into its place, and checked."""
+    header, start = read_header(path)
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         file.readinto(room)
+    if zlib.crc32(room) != header["crc32"]:
+        raise RuntimeError(f"{path.name} does not have the checksum that it was written with")
 
 
 def deliver(arguments: argparse.Namespace, base: str, loads: dict[str, list[Loading]], sizes: dict[str, float]) -> None:
@@ -148,7 +151,9 @@ def deliver(arguments: argparse.Namespace, base: str, loads: dict[str, list[Load
     for kind, many in loads.items():
         parts = (spread([getattr(one, part.name) for one in many]) for part in fields(Loading))
         report.add((kind, sizes[kind], *parts))
-    report.findings = ["again: the packed image is read into place; no kind reads the base or decodes a second time"]
+    report.findings = [
+        "again: the image is read into place and checked; no kind reads the base or decodes a second time"
+    ]
     report.raw = {
         kind: {part.name: [getattr(one, part.name) for one in many] for part in fields(Loading)}
         for kind, many in loads.items()

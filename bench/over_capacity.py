@@ -119,7 +119,7 @@ def choices(popularity: str, num_adapters: int, count: int, seed: int) -> list[i
 def run(house: House, engine: Engine, chosen: list[int], point: Point) -> None:
     """All requests, so many at a time; the next is sent when one ends."""
     arguments = house.arguments
-    loads_before, host_before = engine.stats().total_adapter_loads, _host_hits(engine)
+    before = engine.stats()
     waiting = [request_of(house, index, adapter) for index, adapter in enumerate(chosen)][::-1]
     sent_s: dict[str, float] = {}
     num_ended = 0
@@ -146,8 +146,9 @@ def run(house: House, engine: Engine, chosen: list[int], point: Point) -> None:
                 drop_all(house)
     point.tokens_per_s.append(len(chosen) * arguments.output_tokens / (time.perf_counter() - start_s))
     point.num_requests += len(chosen)
-    point.num_loads += engine.stats().total_adapter_loads - loads_before
-    point.num_from_host += _host_hits(engine) - host_before
+    after = engine.stats()
+    point.num_loads += after.total_adapter_loads - before.total_adapter_loads
+    point.num_from_host += after.total_host_hits - before.total_host_hits
 
 
 def request_of(house: House, index: int, adapter: int) -> EngineRequest:
@@ -159,10 +160,6 @@ def request_of(house: House, index: int, adapter: int) -> EngineRequest:
 def drop_all(house: House) -> None:
     for ticket in house.held:
         drop_from_page_cache(ticket)
-
-
-def _host_hits(engine: Engine) -> int:
-    return engine.stats().total_host_hits
 
 
 def deliver(arguments: argparse.Namespace, points: dict[tuple[str, int, str], Point]) -> None:
