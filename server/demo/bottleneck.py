@@ -56,7 +56,6 @@ _SEQ_BN: dict[str, Any] = {
     "phm_init_range": 0.0001,
     "phm_layer": False,
     "phm_rank": 1,
-    "reduction_factor": 16,
     "residual_before_ln": True,
     "scaling": 1.0,
     "shared_W_phm": False,
