@@ -80,7 +80,11 @@ def test_its_changes_are_streamed_until_it_ends(visit: Visit) -> None:
         answer = await door.client.get(f"{ADDRESS}/{started.id}/events")
         assert answer.headers["content-type"] == "text/event-stream"
         events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
-        assert [event["progress"]["completed"] for event in events if event["status"] == "uploading"][-3:] == [0, 1, 2]
+        assert [event["progress"]["completed"] for event in events if event["status"] == "downloading"][-3:] == [
+            0,
+            1,
+            2,
+        ]
         assert [event["done"] for event in events] == [False] * (len(events) - 1) + [True]
 
     visit(test)
