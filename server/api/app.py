@@ -56,7 +56,16 @@ ROUTERS = (
     upload_archive.router,
 )
 _CLIENT_CLOSED_REQUEST = 499  # never seen by anybody: the connection is gone
-_EXPOSED_HEADERS = ("x-request-id", "x-adapter-id", "x-adapter-version", "x-veneer-ignored-fields", "retry-after")
+_ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-Id", "X-Sticky-Key", "If-Match", "If-None-Match")
+_EXPOSED_HEADERS = (
+    "x-request-id",
+    "x-adapter-id",
+    "x-adapter-version",
+    "x-veneer-ignored-fields",
+    "retry-after",
+    "etag",
+    "location",
+)
 
 
 def create_app(settings: Settings, front: Front | None = None) -> FastAPI:
@@ -82,7 +91,7 @@ def create_app(settings: Settings, front: Front | None = None) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(settings.cors_allow_origin),
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=list(_ALLOWED_HEADERS),
             expose_headers=list(_EXPOSED_HEADERS),
         )
     app.add_middleware(Doorstep, service=service)

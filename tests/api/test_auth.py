@@ -123,6 +123,13 @@ def test_cors_is_off_unless_asked_for(visit: Visit) -> None:
     async def opened(door: Door) -> None:
         answer = await door.client.get("/health", headers={"origin": "https://app.example"})
         assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        assert {"etag", "location"} <= set(answer.headers["access-control-expose-headers"].split(", "))
+        for wanted in ("x-sticky-key", "if-match", "if-none-match"):
+            asked = {"origin": "https://app.example", "access-control-request-method": "PUT"}
+            preflight = await door.client.options(
+                "/generate", headers={**asked, "access-control-request-headers": wanted}
+            )
+            assert preflight.status_code == 200, wanted
         other = await door.client.get("/health", headers={"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
