@@ -63,6 +63,11 @@ class ConfigLedger:
             return tuple(value)
         return self._wrong_type(field, value, "a string or a list of strings")
 
+    def use_list(self, field: str) -> tuple[str, ...]:
+        """As `use_names`, where a string is the only name of its list."""
+        names = self.use_names(field)
+        return (names,) if isinstance(names, str) else names
+
     def use_pattern_values(self, field: str) -> dict[str, float]:
         """Take a mapping of patterns to finite numbers, in file order; absent and null give {}."""
         value = self.use(field, {})

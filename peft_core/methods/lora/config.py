@@ -148,7 +148,7 @@ def read_lora_config(ledger: ConfigLedger) -> LoraConfig:
         blocks=_read_blocks(ledger),
         pool=_read_pool(ledger),
         invocation_tokens=_read_invocation(ledger),
-        parameters=_read_parameters(ledger),
+        parameters=ledger.use_list("target_parameters"),
     )
     _refuse_together(config)
     ledger.close()
@@ -189,15 +189,13 @@ def _use_part(ledger: ConfigLedger, field: str, known: tuple[str, ...]) -> dict[
 
 
 def _read_blocks(ledger: ConfigLedger) -> Blocks | None:
-    fields = ("nblocks", "target_modules_bd_a", "target_modules_bd_b", "match_strict")
+    fields = ("nblocks", "target_modules_bd_a", "target_modules_bd_b", "match_strict")  # the last checks a training
     value = _use_part(ledger, "use_bdlora", fields)
     if value is None:
         return None
     part = ConfigLedger(value)
     num_blocks = part.use_count("nblocks") or 1
-    sides = [part.use_names(name) for name in ("target_modules_bd_a", "target_modules_bd_b")]
-    of_down, of_up = ((names,) if isinstance(names, str) else names for names in sides)
-    return Blocks(num_blocks, of_down, of_up)
+    return Blocks(num_blocks, part.use_list("target_modules_bd_a"), part.use_list("target_modules_bd_b"))
 
 
 def _read_pool(ledger: ConfigLedger) -> int:
@@ -217,11 +215,6 @@ def _read_invocation(ledger: ConfigLedger) -> tuple[int, ...]:
         field="alora_invocation_tokens",
         value=tokens,
     )
-
-
-def _read_parameters(ledger: ConfigLedger) -> tuple[str, ...]:
-    names = ledger.use_names("target_parameters")
-    return (names,) if isinstance(names, str) else names
 
 
 def _refuse_together(config: LoraConfig) -> None:

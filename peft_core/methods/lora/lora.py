@@ -253,15 +253,8 @@ def _warnings(
     experts: ExpertPlan,
     spec: BaseModelSpec,
 ) -> Iterable[str]:
-    other_base = lora.common.other_base(spec)
-    if other_base is not None:
-        yield other_base
-    if lora.common.rule is None and not lora.parameters:
-        yield "The config names no target_modules: every module with tensors in the file is adapted."
-    if missing:
-        yield f"The config targets {some(missing)}, for which the file has no tensors: left as in the base."
-    idle = lora.common.idle_patterns([*(lora_site.site.path for lora_site in sites), *experts.paths])
-    if idle:
-        yield f"Entries of rank_pattern or alpha_pattern that decide for no module: {some(idle)}."
+    adapted = [*(lora_site.site.path for lora_site in sites), *experts.paths]
+    has_targets = lora.common.rule is not None or bool(lora.parameters)
+    yield from lora.common.warnings(spec, adapted, missing, has_targets=has_targets)
     yield from saved.warnings
     yield from experts.warnings

@@ -20,15 +20,14 @@ from peft_core.methods.base_weights import BaseWeights
 from peft_core.methods.ledger import ConfigLedger, refuse
 from peft_core.methods.report import DecodeReport, FormName
 from peft_core.methods.tensors import FLOAT_DTYPES, Header, TensorSource
-from peft_core.methods.tuner.config import COMMON_IRRELEVANT, TunerConfig
+from peft_core.methods.tuner.config import TunerConfig, read_origin
+from peft_core.methods.tuner.file import SHARED_PREFIX, without_adapter_name
 from peft_core.methods.tuner.merging import merged
 from peft_core.methods.tuner.saved_modules import SavedModules
 from peft_core.methods.tuner.saved_plan import SavedPlan
 from peft_core.spec import BaseModelSpec
 
 ROWS = "prompt_embeddings"
-_PREFIX = "base_model."
-_LEFT_IN = ("default", "modules_to_save")  # parts of names that PEFT takes out and some exporters do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +146,14 @@ def draft_prompt(
     for name in header:
         if name in own:
             continue
-        if not name.startswith(_PREFIX):
+        if not name.startswith(SHARED_PREFIX):
             raise UnsupportedAdapter(
                 f'tensor "{name}" is unknown here: a {kind} file holds {", ".join(own)} and parameters of the base '
-                f'that begin with "{_PREFIX}". It may change what the adapter computes; remove it if it does not.',
+                f'that begin with "{SHARED_PREFIX}". It may change what the adapter computes; '
+                "remove it if it does not.",
                 tensor=name,
             )
-        rest = ".".join(part for part in name.removeprefix(_PREFIX).split(".") if part not in _LEFT_IN)
+        rest = without_adapter_name(name.removeprefix(SHARED_PREFIX))
         if ".original_module." in rest:
             unused.append(name)
         else:
@@ -163,11 +163,7 @@ def draft_prompt(
 
 
 def _read_common(ledger: ConfigLedger) -> TunerConfig:
-    ledger.use("peft_type")
-    ledger.set_aside(COMMON_IRRELEVANT)
-    task = ledger.use("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        refuse("task_type", task, 'only text generation is served. Train the adapter with task_type "CAUSAL_LM".')
+    base_name = read_origin(ledger)
     submodules = ledger.use_count("num_transformer_submodules")
     if submodules not in (None, 1):
         refuse(
@@ -175,13 +171,7 @@ def _read_common(ledger: ConfigLedger) -> TunerConfig:
             submodules,
             "virtual tokens for an encoder and a decoder; only decoder-only models are served.",
         )
-    base_name = ledger.use("base_model_name_or_path")
-    names = ledger.use_names("modules_to_save")
-    return TunerConfig(
-        rule=None,
-        modules_to_save=(names,) if isinstance(names, str) else names,
-        base_name=base_name if isinstance(base_name, str) and base_name else None,
-    )
+    return TunerConfig(rule=None, modules_to_save=ledger.use_list("modules_to_save"), base_name=base_name)
 
 
 def _refuse_missing(name: str, kind: str, header: Header) -> NoReturn:

@@ -20,7 +20,7 @@ tells, so whoever knows says it: {"veneer_prompt_embed_scale": "sqrt_d"} in adap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,29 +43,26 @@ TASK_COLUMNS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"
 SCALE_FIELD = "veneer_prompt_embed_scale"
 SCALED_BASES = ("gemma", "gemma2")  # their scale moved from the model into the embedding module
 
-_SIZES_KEYS = "sizes keys and values, which this kind does not bring"
+_SIZES = dict.fromkeys(("num_attention_heads", "num_layers"), "sizes keys and values, which this kind does not bring")
 _BEGINS = "says how training began; the stored rows are its end"
 _ENCODER = "sizes an encoder that was applied before saving"
 _CPT_TRAINING = "a rule of training; the stored rows are its end"
 IRRELEVANT_FIELDS: Mapping[str, str] = {
-    "num_attention_heads": _SIZES_KEYS,
-    "num_layers": _SIZES_KEYS,
+    **_SIZES,
     "prompt_tuning_init": _BEGINS,
     "prompt_tuning_init_text": _BEGINS,
     "tokenizer_kwargs": _BEGINS,
     "tokenizer_name_or_path": _BEGINS,
 }
 P_TUNING_IRRELEVANT_FIELDS: Mapping[str, str] = {
-    "num_attention_heads": _SIZES_KEYS,
-    "num_layers": _SIZES_KEYS,
+    **_SIZES,
     "encoder_dropout": _ENCODER,
     "encoder_hidden_size": _ENCODER,
     "encoder_num_layers": _ENCODER,
     "encoder_reparameterization_type": _ENCODER,
 }
 CPT_IRRELEVANT_FIELDS: Mapping[str, str] = {
-    "num_attention_heads": _SIZES_KEYS,
-    "num_layers": _SIZES_KEYS,
+    **_SIZES,
     "cpt_mask": _CPT_TRAINING,
     "cpt_token_ids": "the tokens' embeddings are part of the stored rows",
     "cpt_tokens_type_mask": _CPT_TRAINING,
@@ -128,18 +125,17 @@ def plan_cpt(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> 
 def plan_multitask_prompt_tuning(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> PromptPlan:
     """As `plan_prompt_tuning`; a request must name its task."""
     own = (ROWS, TASK_COLUMNS, TASK_ROWS)
-    irrelevant = MULTITASK_IRRELEVANT_FIELDS
-    return _plan(draft_prompt(MULTITASK_KIND, config, header, spec, own=own, irrelevant=irrelevant), _check_tasks)
+    return _plan(draft_prompt(MULTITASK_KIND, config, header, spec, own=own, irrelevant=MULTITASK_IRRELEVANT_FIELDS))
 
 
-def _plan(draft: PromptDraft, check: Callable[[PromptDraft, int, int], None] | None = None) -> PromptPlan:
+def _plan(draft: PromptDraft) -> PromptPlan:
     embedding = Vocabulary.of(draft.spec).embedding
     width = draft.spec.hidden_size if embedding is None else embedding.out_features
     num_tokens = draft.num_tokens()
     draft.require_field("token_dim", width)
     draft.require(ROWS, (num_tokens, width), "the input embedding")
-    if check is not None:
-        check(draft, num_tokens, width)
+    if TASK_ROWS in draft.own:
+        _check_tasks(draft, num_tokens, width)
     scale, warnings = _read_scale(draft)
     return PromptPlan(draft.report("virtual tokens", warnings=warnings), draft, scale)
 

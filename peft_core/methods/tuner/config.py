@@ -12,7 +12,7 @@ Running example: {"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,25 @@ class TunerConfig:
             "Its tensors fit this base."
         )
 
+    def warnings(
+        self, spec: BaseModelSpec, adapted: Collection[str], missing: Collection[str], *, has_targets: bool
+    ) -> Iterator[str]:
+        """Where config, file and base do not quite agree.
+
+        Args:
+            adapted: paths, as patterns of ranks and alphas match them.
+            missing: paths that are targeted, but have no tensors.
+            has_targets: whether the config says at all what is adapted.
+        """
+        if (sentence := self.other_base(spec)) is not None:
+            yield sentence
+        if not has_targets:
+            yield "The config names no target_modules: every module with tensors in the file is adapted."
+        if missing:
+            yield f"The config targets {some(missing)}, for which the file has no tensors: left as in the base."
+        if idle := self.idle_patterns(adapted):
+            yield f"Entries of rank_pattern or alpha_pattern that decide for no module: {some(idle)}."
+
 
 def read_tuner_config(
     ledger: ConfigLedger, *, has_patterns: bool = False, biases: Collection[str] = ("none",)
@@ -94,11 +113,8 @@ def read_tuner_config(
         UnsupportedAdapter: a field asks for something that is not served.
         MalformedAdapter: a field has the wrong type, or a pattern is none.
     """
-    ledger.use("peft_type")
-    ledger.set_aside(COMMON_IRRELEVANT)
-    _refuse_other_tasks(ledger)
-    base_name = ledger.use("base_model_name_or_path")
-    saved = _as_tuple(ledger.use_names("modules_to_save"))
+    base_name = read_origin(ledger)
+    saved = ledger.use_list("modules_to_save")
     return TunerConfig(
         rule=_read_rule(ledger, saved),
         ranks=_read_patterns(ledger, "rank_pattern") if has_patterns else {},
@@ -107,8 +123,22 @@ def read_tuner_config(
         bias=_read_bias(ledger, biases),
         token_indices=read_token_indices(ledger, "trainable_token_indices"),
         ties_weights=ledger.use_flag("ensure_weight_tying"),
-        base_name=base_name if isinstance(base_name, str) and base_name else None,
+        base_name=base_name,
     )
+
+
+def read_origin(ledger: ConfigLedger) -> str | None:
+    """Take what every config of PEFT says about where the adapter comes from; returns the name of its base.
+
+    Raises:
+        UnsupportedAdapter: it was trained for something else than to generate text.
+    """
+    ledger.use("peft_type")
+    ledger.set_aside(COMMON_IRRELEVANT)
+    task, base_name = ledger.use("task_type"), ledger.use("base_model_name_or_path")
+    if task not in (None, "CAUSAL_LM"):
+        refuse("task_type", task, 'only text generation is served. Train the adapter with task_type "CAUSAL_LM".')
+    return base_name if isinstance(base_name, str) and base_name else None
 
 
 def read_token_indices(ledger: ConfigLedger, field: str) -> dict[str | None, tuple[int, ...]]:
@@ -143,12 +173,6 @@ def _are_token_ids(ids: object) -> bool:
     return all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids)
 
 
-def _refuse_other_tasks(ledger: ConfigLedger) -> None:
-    task = ledger.use("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        refuse("task_type", task, 'only text generation is served. Train the adapter with task_type "CAUSAL_LM".')
-
-
 def _read_bias(ledger: ConfigLedger, served: Collection[str]) -> str:
     bias = ledger.use("bias", "none")
     if bias == "none" or bias in tuple(served):
@@ -166,7 +190,7 @@ def _read_rule(ledger: ConfigLedger, saved: tuple[str, ...]) -> TargetRule | Non
     targets = ledger.use_names("target_modules")
     exclude = ledger.use_names("exclude_modules")
     layers = _read_layers(ledger)
-    patterns = _as_tuple(ledger.use_names("layers_pattern"))
+    patterns = ledger.use_list("layers_pattern")
     if (isinstance(targets, str) or not targets) and (layers or patterns):
         field, value = ("layers_to_transform", sorted(layers)) if layers else ("layers_pattern", list(patterns))
         refuse(field, value, "layers can only be chosen where target_modules is a list. Say them in its pattern.")
@@ -196,10 +220,6 @@ def _short(name: str) -> str:
     """A base's name without its owner, its case and the quantisation that it was trained in."""
     last = name.rstrip("/").rsplit("/", 1)[-1].lower()
     return re.sub(r"(-unsloth)?-bnb-4bit$|-(gptq|awq)(-int[48])?$", "", last)
-
-
-def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names
 
 
 def _as_names(names: str | tuple[str, ...]) -> Names:

@@ -22,7 +22,7 @@ from peft_core.methods.tuner.saved_modules import SavedModules
 from peft_core.spec import BaseModelSpec, Site, SiteKind
 
 PREFIX = "base_model.model."
-_SHARED_PREFIX = "base_model."
+SHARED_PREFIX = "base_model."
 _LEFT_IN = ("default", "modules_to_save")  # parts of names that PEFT takes out and some exporters do not
 _TRAINING_ONLY = re.compile(r".*\.(original_module\..+|trainable_tokens_original)")  # the base's own beside a new one
 
@@ -131,15 +131,20 @@ def require_all(tensors: Mapping[str, str], path: str, suffixes: Collection[str]
 
 def _without_prefix(name: str) -> tuple[str, bool]:
     """The name without its prefix and without the adapter's name; and whether it is shared by all modules."""
-    if not name.startswith(_SHARED_PREFIX):
+    if not name.startswith(SHARED_PREFIX):
         raise MalformedAdapter(
             f'tensor "{name}" does not begin with "{PREFIX}", so it belongs to no module; PEFT would drop it in '
             "silence and serve the bare base. Save the adapter with PEFT's save_pretrained.",
             tensor=name,
         )
     is_shared = not name.startswith(PREFIX)
-    rest = name.removeprefix(_SHARED_PREFIX if is_shared else PREFIX)
-    return ".".join(part for part in rest.split(".") if part not in _LEFT_IN), is_shared
+    rest = name.removeprefix(SHARED_PREFIX if is_shared else PREFIX)
+    return without_adapter_name(rest), is_shared
+
+
+def without_adapter_name(name: str) -> str:
+    """A tensor's name as PEFT writes it, of one in which an exporter left the adapter's name."""
+    return ".".join(part for part in name.split(".") if part not in _LEFT_IN)
 
 
 def _put(names: dict[str, str], key: str, name: str) -> None:

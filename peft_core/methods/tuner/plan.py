@@ -238,18 +238,10 @@ class TunerDraft:
     def _warnings(
         self, sites: Collection[MatchedSite], missing: Collection[str], pruned: Collection[str]
     ) -> tuple[str, ...]:
-        told = [*self.warnings]
-        if (sentence := self.config.other_base(self.spec)) is not None:
-            told.append(sentence)
-        if self.config.rule is None:
-            told.append("The config names no target_modules: every module with tensors in the file is adapted.")
-        if missing:
-            told.append(f"The config targets {some(missing)}, for which the file has no tensors: left as in the base.")
+        adapted, has_targets = [site.path for site in sites], self.config.rule is not None
+        told = [*self.warnings, *self.config.warnings(self.spec, adapted, missing, has_targets=has_targets)]
         if pruned:
             told.append(f"Pruned to nothing and left as in the base: {some(pruned)}.")
-        idle = self.config.idle_patterns([site.path for site in sites])
-        if idle:
-            told.append(f"Entries of rank_pattern or alpha_pattern that decide for no module: {some(idle)}.")
         dense = self._dense_sites(sites)
         if dense:
             paths = some([site.path for site in dense])
