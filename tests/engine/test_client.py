@@ -269,17 +269,18 @@ def test_kept_adapters_are_told_to_the_engine_and_to_the_one_after_it() -> None:
     run(scene())
 
 
-def test_what_is_expected_is_on_its_way_before_it_is_asked_for() -> None:
+def test_what_is_expected_is_on_its_way_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with engine("fake step_ms=2") as client:
             client.expect(AdapterTicket("key", "sql@3", "/store/sql.img", 100))
             while client.on_device != {"key"}:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             sent: list[object] = []
-            client._supervisor.send = sent.append  # type: ignore[method-assign]
+            monkeypatch.setattr(client._supervisor, "send", sent.append)
             client.expect(AdapterTicket("key", "sql@3", "/store/sql.img", 100))
             client.expect(AdapterTicket("other", "sql@4", "/store/sql.img", 100))
             assert len(sent) == 1, "what is on the device is not asked for again"
+            monkeypatch.undo()
 
     run(scene())
 
