@@ -158,6 +158,28 @@ def test_the_report_says_which_forms_it_becomes(name: str, tmp_path: Path) -> No
     assert bool(report.dense_bytes) == bool({"dense", "replacement"} & set(report.forms))
 
 
+SITE_FORMS = {
+    "gain": "gain",
+    "shift": "shift",
+    "input_gain": "input gain",
+    "rotation": "rotation",
+    "cos": "turn",
+    "dense": "dense",
+    "kron_left": "kron",
+    "replacement": "replacement",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_report_names_no_form_that_is_not_there(name: str, tmp_path: Path) -> None:
+    """The llama has no biases, which some kinds would shift."""
+    forms, report = decoded(make_sample(SAMPLES[name], "llama", tmp_path), "llama")
+    found = {
+        told for field, told in SITE_FORMS.items() for one in forms.changes.values() if getattr(one, field) is not None
+    }
+    assert set(report.forms) == found | ({"low rank"} if forms.linear else set())
+
+
 @pytest.mark.parametrize(
     "name", sorted(NEEDS_BASE | {"ia3", "oft", "lokr", "fourierft", "shira", "glora, biases only"})
 )

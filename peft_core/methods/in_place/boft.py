@@ -70,6 +70,7 @@ def plan_boft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
         _require_factors(site, name, factors, blocks, rows)
         return MatchedSite(site.path, 0, 1.0)
 
+    has_bias = any(spec.sites[path].has_bias for path in file.modules if path in spec.sites)
     single = [path for path, names in file.modules.items() if _is_single(names, header)]
     draft = TunerDraft(
         KIND,
@@ -80,9 +81,8 @@ def plan_boft(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
         ledger.irrelevant,
         starts_random=starts_random,
         warnings=_warnings(single if stated_factors > 1 else []),
-        rankless_forms=("rotation", "gain", "shift"),
+        rankless_forms=("rotation", "gain", "shift") if has_bias else ("rotation", "gain"),
     )
-    has_bias = any(spec.sites[path].has_bias for path in file.modules if path in spec.sites)
     return draft.plan(match, _change, needs_base=has_bias)
 
 
