@@ -191,7 +191,11 @@ def _unknown_entries(targets: Names, paths: Iterable[str]) -> list[str]:
 
 def _refuse_other(rule: TargetRule, path: str) -> None:
     is_expert = "experts" in path.split(".")
-    what = "expert weights, which are not served yet" if is_expert else "not a linear module that every token passes"
+    what = (
+        "a mixture's experts, which only a LoRA changes, by target_parameters"
+        if is_expert
+        else "not a linear module that every token passes"
+    )
     raise UnsupportedAdapter(
         f'field "target_modules" means "{path}", which is {what}. Adapters are served on linear modules; '
         "leave it out of target_modules.",

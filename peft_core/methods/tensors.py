@@ -29,7 +29,7 @@ Header = Mapping[str, TensorShape]  # by tensor name
 
 
 class TensorSource(Protocol):
-    """The tensors of one adapter; `get` may read a file, so each name is asked for once."""
+    """The tensors of one adapter; `get` may read a file, each time."""
 
     @property
     def header(self) -> Header: ...

@@ -220,6 +220,13 @@ def test_fields_that_experts_have_no_meaning_for_are_refused(
     assert refusal(config, tensors, **fields).field == field
 
 
+def test_experts_named_as_a_module_are_refused_with_the_field_that_names_them(tmp_path: Path) -> None:
+    config, tensors = load_adapter(saved("mixtral", tmp_path, "both"))
+    error = refusal(config, tensors, target_modules=["q_proj", "experts"])
+    assert error.field == "target_modules"
+    assert "target_parameters" in str(error)
+
+
 def test_sizes_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     config, tensors = load_adapter(saved("mixtral", tmp_path, "both"))
     name = "base_model.model.model.layers.1.mlp.experts.lora_A.weight"
