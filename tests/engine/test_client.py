@@ -30,8 +30,7 @@ BUILD = "tests.engine.fake_engine:build_engine"
 async def engine(
     script: str = "fake", *, kind: str = "process", watchdog_s: float = 60.0, events: list[EngineEvent] | None = None
 ) -> AsyncIterator[EngineClient]:
-    config = EngineConfig(script, watchdog_s=watchdog_s)
-    on_event = None if events is None else events.append
+    config, on_event = EngineConfig(script, watchdog_s=watchdog_s), None if events is None else events.append
     if kind == "thread":
         client = await start_local(config, build_engine, on_event=on_event)
     else:
@@ -49,10 +48,8 @@ def request(
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
 ) -> EngineRequest:
-    params = SamplingParams(
-        num_tokens, ignore_eos=True, num_logprobs=num_logprobs, num_prompt_logprobs=num_prompt_logprobs
-    )
-    return EngineRequest(request_id, (10, 20), params, adapter)
+    asked = {"num_logprobs": num_logprobs, "num_prompt_logprobs": num_prompt_logprobs}
+    return EngineRequest(request_id, (10, 20), SamplingParams(num_tokens, ignore_eos=True, **asked), adapter)
 
 
 async def last_finish(stream: DeltaStream) -> FinishReason | None:
@@ -262,24 +259,19 @@ def test_kept_adapters_are_told_to_the_engine_and_to_the_one_after_it() -> None:
                 await client.keep([AdapterTicket("b", "huge@1", "/store/huge.img", 100)])
             assert client.pid is not None
             os.kill(client.pid, signal.SIGKILL)
-            while client.num_restarts == 0 or client.state != "ready":  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+            await until(lambda: client.num_restarts > 0 and client.state == "ready")
             assert [(one.key, one.is_kept) for one in await client.residency()] == [("key", True)], "not the refused"
 
     run(scene())
 
 
-def test_what_is_expected_is_on_its_way_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_expected_is_loaded_and_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with engine("fake step_ms=2") as client:
-            client.expect(AdapterTicket("key", "sql@3", "/store/sql.img", 100))
-            while client.on_device != {"key"}:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            sent: list[object] = []
-            monkeypatch.setattr(client._supervisor, "send", sent.append)
-            client.expect(AdapterTicket("key", "sql@3", "/store/sql.img", 100))
-            client.expect(AdapterTicket("other", "sql@4", "/store/sql.img", 100))
-            assert len(sent) == 1, "what is on the device is not asked for again"
+            client.expect(ticket := AdapterTicket("key", "sql@3", "/store/sql.img", 100))
+            await until(lambda: client.on_device == {"key"})
+            monkeypatch.setattr(client._supervisor, "send", lambda message: pytest.fail(f"sent: {message}"))
+            client.expect(ticket)
             monkeypatch.undo()
 
     run(scene())
