@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def request(
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
 ) -> EngineRequest:
-    asked = {"num_logprobs": num_logprobs, "num_prompt_logprobs": num_prompt_logprobs}
+    asked: Any = {"num_logprobs": num_logprobs, "num_prompt_logprobs": num_prompt_logprobs}
     return EngineRequest(request_id, (10, 20), SamplingParams(num_tokens, ignore_eos=True, **asked), adapter)
 
 
