@@ -25,7 +25,7 @@ from typing import NamedTuple
 from adapters_store.alias_book import AliasBook
 from adapters_store.attributes import Attributes, check_attributes
 from adapters_store.durable import make_directory, raise_if_full, remove, write_json
-from adapters_store.errors import AdapterExists, AdapterNotFound, AliasInUse, VersionNotFound
+from adapters_store.errors import AdapterExists, AdapterNotFound, AdapterPinned, AliasInUse, VersionNotFound
 from adapters_store.fitness import judge
 from adapters_store.holdings import Holdings
 from adapters_store.images import ImageShelf, StagedImage, StoredImage
@@ -247,6 +247,7 @@ class Catalog:
             AdapterNotFound, VersionNotFound: there is nothing to delete.
             PreconditionFailed: `expect`, which sees the adapter under the lock of this change, forbids it.
             AliasInUse: an alias points to this one of several versions, and not `force`: forced, the alias goes too.
+            AdapterPinned: it, or one of its versions, is pinned, and not `force`.
         """
         with self._holdings.changing(name) as disk:
             record = self._holdings.record(name)
@@ -257,6 +258,9 @@ class Catalog:
             doomed = [item for item in record.versions if version in (None, item.version)]
             if not doomed:
                 raise VersionNotFound(f"adapter {name!r} has no version {version}.")
+            pinned = [item for item in doomed if record.is_pinned(item.version)]
+            if pinned and not force:
+                raise AdapterPinned(f"{pinned[0]} is pinned. Take the pin away first, or force the deletion.")
             is_whole = len(doomed) == len(record.versions)
             numbers = {item.version for item in doomed}
             lost = {alias: route for alias, route in record.routes.items() if numbers & route.weights.keys()}

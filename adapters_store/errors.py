@@ -125,6 +125,10 @@ class AliasInUse(StoreError):
     code = "alias_in_use"
 
 
+class AdapterPinned(StoreError):
+    code = "adapter_pinned"
+
+
 class NothingToRollBack(StoreError):
     code = "nothing_to_roll_back"
 

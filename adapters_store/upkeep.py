@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from adapters_store.durable import remove
-from adapters_store.errors import AliasInUse, NotFound, PreconditionFailed
+from adapters_store.errors import AdapterPinned, AliasInUse, NotFound, PreconditionFailed
 from adapters_store.holdings import Holdings
 from adapters_store.image_sweep import sweep_images
 from adapters_store.record import AdapterRecord, AdapterVersion
@@ -53,7 +53,7 @@ class Upkeep:
             names = [name for name in index.attributes() if is_expired(index.record(name))]
         gone: list[AdapterVersion] = []
         for name in names:
-            with contextlib.suppress(NotFound, PreconditionFailed):
+            with contextlib.suppress(NotFound, PreconditionFailed, AdapterPinned):
                 gone += self._delete(name, expect=expect)
                 logger.info("%s has expired and is deleted", name)
         return gone

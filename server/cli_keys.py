@@ -40,7 +40,7 @@ def add(
     ] = None,
     base: Annotated[bool, typer.Option(help="Whether it may use the base without an adapter.")] = True,
     tenant: Annotated[str | None, typer.Option(help="Keys of one tenant share cached prompts.")] = None,
-    expires_days: Annotated[float | None, typer.Option(help="Days until it opens nothing.", min=0)] = None,
+    expires_days: Annotated[float | None, typer.Option(help="Days until it opens nothing.", min=0, max=36_500)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw a key and print it; the file holds its digest. By default it may generate, on every adapter."""

@@ -151,9 +151,8 @@ def read_usage(directory: Path, since: date | None = None, until: date | None = 
 def _read_file(path: Path, size: int) -> Mapping[Account, Use]:
     """The first `size` bytes of a file added up; a file only grows, so its size says whether this was done before."""
     counts: dict[Account, Counter[str]] = {}
-    for line in _whole_lines(path, size):
-        account = Account(str(line.pop("key")), str(line.pop("adapter")), int(line.pop("version")))
-        counts.setdefault(account, Counter()).update({name: int(number) for name, number in line.items()})
+    for account, numbers in _whole_lines(path, size):
+        counts.setdefault(account, Counter()).update(numbers)
     known = {field.name for field in fields(Use)}
     return {
         account: Use(**{name: number for name, number in count.items() if name in known})
@@ -161,18 +160,19 @@ def _read_file(path: Path, size: int) -> Mapping[Account, Use]:
     }
 
 
-def _whole_lines(path: Path, size: int) -> Iterator[dict[str, str | int]]:
+def _whole_lines(path: Path, size: int) -> Iterator[tuple[Account, dict[str, int]]]:
     with path.open("rb") as file:
         for line in file.read(size).splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 return  # cut off by a crash, or being written just now
             try:
                 found = json.loads(line)
-                found["key"], found["adapter"], found["version"]
-            except (ValueError, TypeError, KeyError):
+                account = Account(str(found.pop("key")), str(found.pop("adapter")), int(found.pop("version")))
+                numbers = {name: int(number) for name, number in found.items()}
+            except (ValueError, TypeError, KeyError, AttributeError):
                 log.warning("a line of %s is damaged and not counted", path)
                 continue
-            yield found
+            yield account, numbers
 
 
 def _new_file(directory: Path, day: date) -> int:

@@ -19,13 +19,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_core.spec import BaseModelSpec
 from peft_core.trace import traced_spec
-from tests.tiny_engine import MemoryTensors
+from server.engine.request import FinishReason
+from tests.tiny_engine import Answer, MemoryTensors
 
 DIRECTORY = Path(__file__).parent / "goldens" / "adapterhub"
 INDEX: dict[str, Any] = json.loads((DIRECTORY / "goldens.json").read_text())
 BASES: tuple[str, ...] = tuple(INDEX["bases"])
 CASES: list[tuple[str, str]] = [(base, name) for base in BASES for name in INDEX["bases"][base] if name != "base"]
 PREFIXES = ("prefix", "prefix_flat", "mam")
+TOLERANCE = 1e-4  # of log probabilities
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,15 @@ def read_files(directory: Path) -> tuple[dict[str, Any], MemoryTensors]:
     """Config and tensors of an adapter's directory, to be spoilt by a test."""
     config = json.loads((directory / "adapter_config.json").read_text())
     return config, MemoryTensors(load_file(directory / "adapter.safetensors"))
+
+
+def assert_is_the_library_s(golden: Golden, answer: Answer) -> None:
+    """The engine's greedy tokens are the library's, and its log probabilities within TOLERANCE."""
+    assert answer.finish is FinishReason.LENGTH, answer.error
+    assert answer.tokens == golden.answer, golden.name
+    expected = golden.logits[-len(golden.answer) - 1 : -1].double().log_softmax(-1)
+    difference = (torch.from_numpy(answer.logprobs) - expected).abs().max()
+    assert float(difference) <= TOLERANCE, golden.name
 
 
 @functools.cache

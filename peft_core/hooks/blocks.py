@@ -7,28 +7,18 @@ output. The two matrix products are those of the low-rank form, with an activati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from peft_core.activations import ACTIVATIONS
 from peft_core.batch import Between, SlotRows
-from peft_core.forms import AdapterForms, Bottleneck
+from peft_core.forms import Activation, AdapterForms, Bottleneck
 from peft_core.kernels.invariance import padded_rows
 from peft_core.kernels.vectors import add, row_index, vectors_by_row
-
-ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "silu": functional.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leakyrelu": functional.leaky_relu,
-    "linear": lambda x: x,
-}
 
 
 class LowRankProducts(Protocol):
@@ -135,6 +125,6 @@ def _activation(
     return each
 
 
-def _activated(hidden: torch.Tensor, name: str) -> torch.Tensor:
+def _activated(hidden: torch.Tensor, name: Activation) -> torch.Tensor:
     """hidden: [n, ranks]. Padded to whole vectors: torch computes what is left over by other, scalar, formulas."""
     return ACTIVATIONS[name](padded_rows(hidden))[: len(hidden)]

@@ -35,6 +35,14 @@ class ConfigLedger:
         value = self.use(field, default)
         return value if isinstance(value, bool) else self._wrong_type(field, value, "true or false")
 
+    def use_start(self, *words: str, default: bool | str = True) -> bool | str:
+        """Take `init_weights`, how training began: true, false or one of `words`; absent means the default."""
+        start: bool | str = self.use("init_weights", default)
+        if not isinstance(start, bool) and start not in words:
+            known = ", ".join(["true", "false", *(f'"{word}"' for word in words)])
+            refuse("init_weights", start, f"known here: {known}. Correct adapter_config.json.")
+        return start
+
     def use_count(self, field: str) -> int | None:
         """Take a field that is an integer above 0; None where it is absent."""
         value = self.use(field)

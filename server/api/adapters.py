@@ -193,7 +193,7 @@ async def change_adapter(request: Request, name: Name, change: Annotated[Adapter
 )
 @admin
 async def delete_adapter(request: Request, name: Name, force: bool = False, drain_timeout_s: Drain = 30.0) -> Response:
-    """Gone for new requests at once; requests that run on it finish, then its bytes are freed. Pinned: with `force`."""
+    """Gone for new requests at once; requests that run on it finish, then its bytes go. A pin asks for `force`."""
     return await _delete(request, check_name(name), None, force, drain_timeout_s)
 
 

@@ -141,6 +141,7 @@ _FOREIGN: tuple[tuple[type[Exception], int, str], ...] = (
     (store_errors.DiskFull, 507, "storage"),
     (store_errors.AdapterExists, 409, "conflict"),
     (store_errors.AliasInUse, 409, "conflict"),
+    (store_errors.AdapterPinned, 409, "conflict"),
     (store_errors.NothingToRollBack, 409, "conflict"),
     (store_errors.InvalidWeights, 422, "validation"),
     (store_errors.InvalidAttribute, 422, "validation"),

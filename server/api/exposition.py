@@ -74,7 +74,7 @@ def _of_engine(snapshot: Snapshot) -> Iterator[Metric]:
         yield CounterMetricFamily("veneer_" + name, text, value=getattr(snapshot.stats, attribute))
     yield _by_label("veneer_adapters", "Registered adapters by state.", "state", snapshot.num_adapters)
     yield _by_label(
-        "veneer_adapter_cache_bytes", "Bytes of adapters by tier.", "tier", {"device": snapshot.adapter_bytes}
+        "veneer_adapter_cache_bytes", "Bytes of adapters on the device.", "tier", {"device": snapshot.adapter_bytes}
     )
     evictions = CounterMetricFamily(
         "veneer_adapter_evictions", "Adapters that left the device.", labels=("tier", "reason")

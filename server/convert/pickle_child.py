@@ -42,8 +42,9 @@ def _checked_name(name: object) -> str:
 
 
 def _plain(name: object, value: Any) -> torch.Tensor:
-    is_plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
-    if not is_plain or value.is_quantized or value.is_complex():
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        raise ValueError(f'"{str(name)[:80]}" is no plain tensor')
+    if value.is_quantized or value.is_complex():
         raise ValueError(f'"{str(name)[:80]}" is no plain tensor')
     return value.detach().clone().contiguous()
 

@@ -325,7 +325,7 @@ class Library:
         """Takes a version or an adapter out of sight at once, then waits up to `drain_timeout_s` for those who use it.
 
         Running requests are never cut off: what is left after the wait ends by itself, and its bytes go then.
-        Raises AdapterNotFound, VersionNotFound, AliasInUse, PreconditionFailed.
+        Raises as `Catalog.delete`.
         """
         if version is None and name in self._registrar.failures and not self._registrar.versions(name):
             if expect is not None:

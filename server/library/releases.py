@@ -109,7 +109,10 @@ class Releases:
     # --------------------------------------------------------------------- gates
 
     async def set_gate(self, name: str, alias: str, gate: Gate | None) -> None:
-        """From now on the alias moves only to versions that pass. Raises InvalidName, AdapterNotFound, DiskFull."""
+        """From now on the alias takes in only versions that pass; those it means already are not asked.
+
+        Raises InvalidName, AdapterNotFound, DiskFull.
+        """
         key = AliasKey(name, check_alias(alias))
         self._catalog.record(name)
         await asyncio.to_thread(self._rules.write, key, _GATE, None if gate is None else gate.to_json())

@@ -8,7 +8,7 @@ import pytest
 
 from adapters_store.attributes import Attributes
 from adapters_store.catalog import Catalog
-from adapters_store.errors import AdapterNotFound, InvalidAttribute
+from adapters_store.errors import AdapterNotFound, AdapterPinned, InvalidAttribute
 from adapters_store.names import parse_reference
 from tests.adapters_store.store_samples import BASE, commit
 
@@ -33,7 +33,9 @@ def test_what_is_said_of_an_adapter_is_kept_and_dies_with_it(catalog: Catalog, s
     catalog.close()
     again = Catalog(store, BASE)
     assert again.record("sql").attributes == said
-    again.delete("sql")
+    with pytest.raises(AdapterPinned, match="sql@1 is pinned"):
+        again.delete("sql")
+    again.delete("sql", force=True)
     commit(again, "sql", 1)
     assert again.record("sql").attributes == Attributes()
     with pytest.raises(AdapterNotFound):
@@ -106,6 +108,7 @@ def test_an_adapter_goes_when_its_time_has_come(catalog: Catalog) -> None:
     expire_at(catalog, "late", NOW + timedelta(seconds=1))
     expire_at(catalog, "pinned", NOW - timedelta(seconds=1))
     catalog.amend("pinned", lambda said: replace(said, pinned=True))
+    catalog.amend("plain", lambda said: replace(said, expires_at=NOW.isoformat(), pinned_versions=frozenset({1})))
     assert [version.name for version in catalog.upkeep.expire(NOW)] == ["early"]
     assert [record.name for record in catalog.page().records] == ["late", "pinned", "plain"]
     expire_at(catalog, "late", None)

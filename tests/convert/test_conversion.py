@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from server.convert.conversion import convert
 from server.convert.errors import ConversionRefused
-from tests.kinds.goldens import DIRECTORY as HUB_GOLDENS
+from tests.adapterhub_goldens import DIRECTORY as HUB_GOLDENS
 from tests.kinds.zoo import make_adapter
 from tests.peft_core.adapter_files import logits_of, relative_error
 from tests.tiny_models import HIDDEN, attention_targets, load_oracle, make_lora, make_model, random_prompt

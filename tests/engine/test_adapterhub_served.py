@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from peft_core.methods import decode
 from server.convert.conversion import convert
-from server.engine.request import AdapterTicket, FinishReason
+from server.engine.request import AdapterTicket
 from server.loader.adapter_tensors import AdapterTensors
 from server.loader.prepare import read_config
-from tests.adapterhub_goldens import BASES, DIRECTORY, INDEX, Golden, golden_model, read_golden
-from tests.tiny_engine import Answer, Ask, TinyEngine
-
-TOLERANCE = 1e-4  # of log probabilities
+from tests.adapterhub_goldens import BASES, DIRECTORY, INDEX, Golden, assert_is_the_library_s, golden_model, read_golden
+from tests.tiny_engine import Ask, TinyEngine
 
 
 def goldens_of(base: str) -> list[Golden]:
@@ -27,14 +24,6 @@ def add(engine: TinyEngine, golden: Golden) -> AdapterTicket | None:
         return None
     config, tensors = golden.files()
     return engine.add_forms(golden.name, decode(config, tensors, engine.spec, engine.base).forms)
-
-
-def assert_is_the_library_s(golden: Golden, answer: Answer) -> None:
-    assert answer.finish is FinishReason.LENGTH, answer.error
-    assert answer.tokens == golden.answer, golden.name
-    expected = golden.logits[-len(golden.answer) - 1 : -1].double().log_softmax(-1)
-    difference = (torch.from_numpy(answer.logprobs) - expected).abs().max()
-    assert float(difference) <= TOLERANCE, golden.name
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -28,9 +28,9 @@ from server.engine.kv_probe import probe_kv_shape
 from server.loader.adapter_tensors import AdapterTensors
 from server.loader.base_weights import BaseFiles
 from server.loader.prepare import read_config
+from tests.adapterhub_goldens import DIRECTORY as HUB_GOLDENS
+from tests.adapterhub_goldens import golden_model
 from tests.house.tracked import ROOT
-from tests.kinds.goldens import DIRECTORY as HUB_GOLDENS
-from tests.kinds.goldens import load_base
 from tests.kinds.test_every_kind import ARCHITECTURES
 from tests.kinds.zoo import ABSENT, KINDS, make_adapter
 from tests.tiny_models import SERVED_ARCHITECTURES, make_model
@@ -135,7 +135,7 @@ def peft_rows(base: Base, work: Path, kinds: Sequence[str] = tuple(KINDS)) -> It
 
 
 def hub_rows(work: Path) -> Iterator[Row]:
-    base = Base.of(load_base("llama"), "llama", work / "hub-base")
+    base = Base.of(golden_model("llama"), "llama", work / "hub-base")
     for directory in sorted((HUB_GOLDENS / "llama").iterdir()):
         if (directory / "adapter_config.json").exists():
             try:

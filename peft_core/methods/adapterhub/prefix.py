@@ -12,12 +12,12 @@ for every layer. The library computes this under eager attention only; under oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
+from peft_core.activations import ACTIVATIONS
 from peft_core.errors import MalformedAdapter
 from peft_core.forms import Activation, AdapterForms, KVPrefix
 from peft_core.methods.adapterhub.fields import TRAINING_ONLY, activation, flag, layers_left_out, refuse_gates
@@ -66,7 +66,9 @@ class PrefixPlan:
             flat = values[_FLAT]
         else:
             rows, down, down_bias, up, up_bias = (values[suffix] for suffix in _NETWORK)
-            flat = functional.linear(_act(functional.linear(rows, down, down_bias), self.activation), up, up_bias)
+            flat = functional.linear(
+                ACTIVATIONS[self.activation](functional.linear(rows, down, down_bias)), up, up_bias
+            )
             require_finite(flat, self.names[_NETWORK[0]])
         spec = self.spec
         parts = flat.view(self.num_tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim).transpose(0, 1)
@@ -107,21 +109,6 @@ def plan_prefix(ledger: ConfigLedger, tensors: HubTensors, layout: Layout | None
             require_shape(tensors.header, copy[suffix], shape, of_base="control_trans.2" in suffix)
     num_parameters = sum(num_values(tensors.header, name) for name in names.values())
     return PrefixPlan(names, tuple(copies[1:]), act, num_tokens, spec, num_parameters)
-
-
-def _act(values: torch.Tensor, activation: Activation) -> torch.Tensor:
-    if activation == "gelu_new":
-        return functional.gelu(values, approximate="tanh")
-    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "relu": functional.relu,
-        "gelu": functional.gelu,
-        "silu": functional.silu,
-        "tanh": torch.tanh,
-        "sigmoid": torch.sigmoid,
-        "leakyrelu": functional.leaky_relu,
-        "linear": torch.clone,
-    }
-    return functions[activation](values)
 
 
 def _require_same(values: torch.Tensor, expected: torch.Tensor, name: str, other: str) -> None:

@@ -56,7 +56,7 @@ def plan_lokr(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) ->
     tuner = read_tuner_config(ledger, has_patterns=True)
     default_rank = ledger.use_count("r") or _DEFAULT_RANK
     default_alpha = ledger.use_number("alpha", _DEFAULT_ALPHA)
-    starts_random = ledger.use("init_weights", True) in (False, "lycoris")
+    starts_random = ledger.use_start("lycoris") in (False, "lycoris")
     ledger.set_aside(_IRRELEVANT)
     ledger.close()
     file = sort_tuner_file(header, spec, suffixes=_SUFFIXES)

@@ -28,7 +28,7 @@ import torch
 
 from peft_core.errors import MalformedAdapter, UnsupportedAdapter
 from peft_core.forms import EmbeddingChange, LinearDelta
-from peft_core.methods.ledger import ConfigLedger, refuse
+from peft_core.methods.ledger import ConfigLedger
 from peft_core.methods.report import MatchedSite
 from peft_core.methods.tensors import Header
 from peft_core.methods.tuner.checks import require_targets, whole_number
@@ -65,9 +65,7 @@ def plan_tinylora(config: Mapping[str, Any], header: Header, spec: BaseModelSpec
     length = ledger.use_count("u") or _DEFAULT_LENGTH
     seed = whole_number(ledger, "projection_seed", _DEFAULT_SEED)
     tying = _read_tying(ledger)
-    start = ledger.use("init_weights", True)
-    if not isinstance(start, bool) and start != "uniform":
-        refuse("init_weights", start, 'known here: true, false and "uniform". Correct adapter_config.json.')
+    start = ledger.use_start("uniform")
     ledger.set_aside(_IRRELEVANT)
     ledger.close()
     file = sort_tuner_file(header, spec, suffixes=(*FACTORS, PROJECTION), shared=(f"{VECTOR}.*",))

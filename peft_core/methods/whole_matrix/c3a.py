@@ -40,7 +40,8 @@ def plan_c3a(config: Mapping[str, Any], header: Header, spec: BaseModelSpec) -> 
     """
     ledger = ConfigLedger(config)
     tuner = read_tuner_config(ledger, biases=("all", "c3a_only"))
-    starts_random = ledger.use("init_weights", "xavier_uniform") is not True
+    start = ledger.use_start("gaussian", "kaiming_uniform", "xavier_uniform", default="xavier_uniform")
+    starts_random = start is not True
     default_block = ledger.use_count("block_size") or _DEFAULT_BLOCK
     blocks = ledger.use_pattern_values("block_size_pattern")
     require_endings("block_size_pattern", blocks)
