@@ -3,9 +3,8 @@
     1 in use    a server that knows only this one            against one that knows 1,000
     8 in use    a server that knows only these eight         against the same
 
-All contents differ. Each pair is measured on two servers that were started for it: one process is a few percent faster
-than another of the same program for as long as it lives (where its memory came to lie), which a few long-lived servers
-would show as a difference. The order of starting and of measuring is swapped from pair to pair; both get the same
+All contents differ. Each pair is measured on two servers that were started for it, so that whatever makes one process
+faster than another for as long as it lives is drawn again every time, and is not taken for a difference. The order of starting and of measuring is swapped from pair to pair; both get the same
 prompts, of which each pair has its own. The interval of the ratio should include 1.00 and exclude 0.95.
 """
 
