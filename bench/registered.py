@@ -4,8 +4,9 @@
     8 in use    a server that knows only these eight         against the same
 
 All contents differ. Each pair is measured on two servers that were started for it, so that whatever makes one process
-faster than another for as long as it lives is drawn again every time, and is not taken for a difference. The order of starting and of measuring is swapped from pair to pair; both get the same
-prompts, of which each pair has its own. The interval of the ratio should include 1.00 and exclude 0.95.
+faster than another for as long as it lives is drawn again every time, and is not taken for a difference. The order of
+starting and of measuring is swapped from pair to pair; both get the same prompts, of which each pair has its own. The
+interval of the ratio should include 1.00 and exclude 0.95.
 """
 
 from __future__ import annotations

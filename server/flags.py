@@ -23,8 +23,9 @@ import yaml
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from server.setting_values import LoraModule
-from server.settings import GROUPS, Settings
+from server.setting_groups.field import GROUPS
+from server.setting_groups.values import LoraModule
+from server.settings import Settings
 
 ENV_PREFIX = "VENEER_"
 # Read by other commands, never settings of the server.

@@ -30,7 +30,7 @@ from server.library.errors import LibraryError
 from server.offline import Totals, generate_into
 from server.offline_input import Asked, Defaults, from_json_lines, from_prompts, from_text
 from server.offline_progress import OfflineProgress
-from server.setting_values import LoraModule
+from server.setting_groups.values import LoraModule
 from server.settings import Settings
 
 BUILT_IN = "demo"  # a directory of this name can be given as ./demo

@@ -29,7 +29,7 @@ from server.library.sources.reference import Scheme, parse_source
 from server.loader.client import LoaderClient
 from server.loader.errors import LoaderError
 from server.loader.job import PackingTarget
-from server.setting_values import LoraModule
+from server.setting_groups.values import LoraModule
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from server.flags import SettingsError, build_parser, changed, read_settings, settings_table, show
-from server.setting_values import LoraModule
-from server.settings import GROUPS, Settings
+from server.setting_groups.field import GROUPS
+from server.setting_groups.values import LoraModule
+from server.settings import Settings
 
 
 def test_the_command_line_wins_over_the_environment_over_the_file_over_the_default(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ FOLDERS = {
     "server/front/": Folder("text in, text out"),
     "server/library/": Folder("introduces adapters to the store"),
     "server/library/sources/": Folder("where adapters come from when nobody uploads them"),
+    "server/setting_groups/": Folder("every setting, a file for each heading of `--help`"),
     "server/engine/": Folder("one loop: requests to steps to tokens"),
     "server/loader/": Folder("the process that reads, checks, decodes and packs"),
     "server/convert/": Folder("adapters in formats that are not served, made into ones that are"),

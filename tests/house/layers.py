@@ -61,6 +61,7 @@ TORCH_FREE = (
     "server/front",
     "server/library",
     "server/channel.py",
+    "server/setting_groups",
     "server/settings.py",
     "server/engine/adapter_manager.py",
     "server/engine/adapter_records.py",
