@@ -12,11 +12,13 @@ import torch
 from peft_core.attach import attach
 from peft_core.kernels.reference import ReferenceKernels
 from peft_core.kernels.rowwise import RowwiseKernels
+from peft_core.kernels.staging import Staging
 from peft_core.layers import ActiveBatch, AdapterKernels
 from peft_core.residency import Residency
 from peft_core.sites import site_groups, up_tile
 from server.engine.adapter_manager import AdapterManager
 from server.engine.base_model import BaseModel, load_base_model
+from server.engine.batch_builder import BatchBuilder
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
 from server.engine.description import EngineDescription
@@ -66,7 +68,9 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Engi
     base.model.set_attn_implementation(PAGED_ATTENTION)
     vocab_size = plain.logits[0].shape[-1]
     sampler = Sampler(config.max_num_seqs, vocab_size, base.max_model_len, device, base.eos_token_ids)
-    runner = ModelRunner(base.model, cache, active, sampler, residency.prefix)
+    max_rows = config.max_num_batched_tokens + config.chunk_size  # one chunk may exceed the budget
+    staging = Staging(BatchBuilder.num_bytes(max_rows), device)
+    runner = ModelRunner(base.model, cache, active, sampler, staging, max_rows, residency.prefix)
     progress("self-check", 0.0)
     _log.info("self-check: largest difference %.1e of the largest logit", self_check(runner, plain, config.block_size))
     blocks = BlockManager(num_units, enable_prefix_caching=config.enable_prefix_caching)

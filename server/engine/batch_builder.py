@@ -22,6 +22,7 @@ import torch
 
 from peft_core.batch import WIDE_ROWS, AdapterBatch, RowAdapters, Segment
 from peft_core.forms import KVPrefix
+from peft_core.kernels.staging import Staging, aligned_bytes
 from peft_core.traits import VIRTUAL_TOKEN_BASE
 from server.engine.kv_cache import KVCache
 from server.engine.paged_attention import Chunk, DecodeBucket, PagedStep, PrefixRows
@@ -70,10 +71,22 @@ def bucket_blocks(num_blocks: IntArray) -> IntArray:
 
 
 class BatchBuilder:
-    """Holds no state but the sizes of the cache; `prefix_of` tells the K/V prefixes of resident adapters."""
+    """Writes a step's arrays; a batch is valid until the next one is built.
 
-    def __init__(self, cache: KVCache, device: torch.device, prefix_of: PrefixSource | None = None) -> None:
-        self.cache, self.device, self.prefix_of = cache, device, prefix_of
+    Args:
+        max_rows: of one step.
+        prefix_of: tells the K/V prefixes of resident adapters.
+    """
+
+    def __init__(self, cache: KVCache, staging: Staging, max_rows: int, prefix_of: PrefixSource | None = None) -> None:
+        self.cache, self.staging, self.prefix_of = cache, staging, prefix_of
+        self.device = staging.device
+        self._tokens, self._positions, self._write_rows = (staging.reserve((max_rows,), np.int64) for _ in range(3))
+
+    @staticmethod
+    def num_bytes(max_rows: int) -> int:
+        """What it reserves of the staging."""
+        return 3 * aligned_bytes((max_rows,), np.int64)
 
     def build(self, plan: StepPlan, table: SequenceTable) -> StepBatch:
         active_from = table.active_from[plan.rows]
@@ -93,12 +106,17 @@ class BatchBuilder:
         in_block = positions % table.block_size
         tokens = table.tokens[token_rows, positions]
         head = _head_rows(plan, table, order, firsts, ends)
+        num_rows = len(tokens)
+        self._tokens.host[:num_rows] = tokens
+        self._positions.host[:num_rows] = np.maximum(positions - table.position_offset[token_rows], 0)
+        self._write_rows.host[:num_rows] = units * self.cache.shape.rows_per_unit + in_block
+        self.staging.flush()
         return StepBatch(
-            input_ids=self._tensor(tokens)[None],
-            position_ids=self._tensor(np.maximum(positions - table.position_offset[token_rows], 0))[None],
+            input_ids=self._tokens.device[None, :num_rows],
+            position_ids=self._positions.device[None, :num_rows],
             paged=PagedStep(
                 cache=self.cache,
-                write_rows=self._tensor(units * self.cache.shape.rows_per_unit + in_block),
+                write_rows=self._write_rows.device[:num_rows],
                 decode=tuple(self._decode(table, rows, starts, counts, firsts)),
                 chunks=tuple(self._chunks(table, rows, starts, counts, firsts)),
                 layer_calls=[0] * self.cache.shape.num_layers,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peft_core.kernels.staging import Staging
 from peft_core.layers import ActiveBatch
 from server.engine.batch_builder import BatchBuilder, PrefixSource, StepBatch
 from server.engine.errors import StepOutOfMemory
@@ -27,11 +28,13 @@ class ModelRunner:
         cache: KVCache,
         active: ActiveBatch,
         sampler: Sampler,
+        staging: Staging,
+        max_rows: int,
         prefix_of: PrefixSource | None = None,
     ) -> None:
         self.model, self.cache, self.active, self.sampler = model, cache, active, sampler
         self.device = cache.pool.device
-        self.builder = BatchBuilder(cache, self.device, prefix_of)
+        self.builder = BatchBuilder(cache, staging, max_rows, prefix_of)
 
     def join(self, sequence: Sequence) -> None:
         """Register the sampling parameters of a sequence that just got its row.
