@@ -42,19 +42,23 @@ class ArchiveSink:
     """Where the bytes of the archive go while they arrive. It goes with its stage at the latest."""
 
     def __init__(self, stage: Stage, num_bytes: int = 0) -> None:
-        """`num_bytes`, where known, is held against the free space before the first byte. Raises TooLarge, DiskFull."""
+        """`num_bytes`, where known, is held against what there is room for before the first byte.
+
+        Raises TooLarge, DiskFull, StagingFull.
+        """
         self.path = stage.directory / _FILE
         self.num_bytes = 0
         self._stage = stage
         self._num_unchecked_bytes = 0
         self._check_size(num_bytes)
-        stage.require_space(num_bytes)
+        stage.announce(num_bytes)
         self._file = self.path.open("xb")
 
     def write(self, chunk: bytes) -> None:
-        """Raises TooLarge, DiskFull; the archive is of no use then."""
+        """Raises TooLarge, DiskFull, StagingFull; the archive is of no use then."""
         self.num_bytes += len(chunk)
         self._check_size(self.num_bytes)
+        self._stage.share.add(len(chunk))
         self._num_unchecked_bytes += len(chunk)
         if self._num_unchecked_bytes >= self._stage.SPACE_CHECK_BYTES:
             self._num_unchecked_bytes = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters_store.durable import raise_if_full, sync_directory
+from adapters_store.errors import DiskFull
 
 FILE_NAME = "audit.jsonl"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,13 @@ class AuditLog:
         if is_new:
             sync_directory(self.path.parent)
         return stamped
+
+    def note(self, entry: AuditEntry) -> None:
+        """As `append`, of a change that has happened: a line that cannot be written stops nothing, and is logged."""
+        try:
+            self.append(entry)
+        except (OSError, DiskFull) as error:
+            logger.error("the audit log could not be written (%s): %s", error, entry)
 
     def tail(self, limit: int, *, target: str = "") -> list[AuditEntry]:
         """The last entries, youngest first; with `target` those of one adapter. Reads the whole file."""

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapters_store.alias_book import AliasBook
+from adapters_store.alias_rules import AliasRules
 from adapters_store.attributes import Attributes, check_attributes
-from adapters_store.durable import make_directory, raise_if_full, remove, write_json
+from adapters_store.durable import make_directory, raise_if_full, remove, remove_tree, write_json
 from adapters_store.errors import AdapterExists, AdapterNotFound, AdapterPinned, AliasInUse, VersionNotFound
 from adapters_store.fitness import judge
 from adapters_store.holdings import Holdings
@@ -34,6 +35,7 @@ from adapters_store.leases import Lease, LeaseBook
 from adapters_store.names import DEFAULT_ALIAS, Reference, check_alias, check_name
 from adapters_store.pen import Pen
 from adapters_store.record import AdapterRecord, AdapterVersion, Content, Expectation, Source, VersionState
+from adapters_store.staged_bytes import StagedBytes
 from adapters_store.staging import Stage, StageLimits
 from adapters_store.upkeep import Upkeep
 
@@ -75,12 +77,14 @@ class Catalog:
         """
         self.base_fingerprint = base_fingerprint
         self.limits = limits or StageLimits()
+        self.staged = StagedBytes(self.limits.max_staged_bytes)
         self._holdings = Holdings(root, functools.partial(judge, base_fingerprint=base_fingerprint))
         self._layout = self._holdings.layout
         self._pen = Pen(self._layout)
         self._reclaim = reclaim
         self.leases = LeaseBook(self._holdings.locks, self._reclaim_if_deleted)
         self.aliases = AliasBook(self._holdings)
+        self.rules = AliasRules(self._holdings)
         self.upkeep = Upkeep(self._holdings, self.delete, keep_versions)
         self._holdings.settle_all(again=False)
         self.upkeep.collect()
@@ -113,6 +117,19 @@ class Catalog:
         with self._holdings.reading() as index:
             version = index.look_up(reference, key)
             lease = self.leases.take(version)
+        return self._checked(version, lease)
+
+    def lease_at_once(self, reference: Reference, key: str | None = None) -> Lease | None:
+        """As `lease`; None where that would wait for a thread, or read what other processes changed."""
+        with self._holdings.glancing() as index:
+            if index is None:
+                return None
+            version = index.look_up(reference, key)
+            lease = self.leases.take(version)
+        return self._checked(version, lease)
+
+    def _checked(self, version: AdapterVersion, lease: Lease | None) -> Lease:
+        """The lease, if the version's record is still there. Raises VersionNotFound."""
         if lease is not None and self._layout.version_path(version.name, version.version).exists():
             return lease
         if lease is not None:
@@ -162,7 +179,7 @@ class Catalog:
 
     def stage(self) -> Stage:
         """An empty stage. Raises DiskFull."""
-        return Stage(self._holdings.new_stage(), self.limits)
+        return Stage(self._holdings.new_stage(), self.limits, self.staged)
 
     def commit(
         self,
@@ -274,6 +291,7 @@ class Catalog:
                 self._pen.trim_aliases(name, {alias: route.without(numbers) for alias, route in lost.items()})
                 if is_whole:
                     remove(self._layout.attributes_path(name))
+                    remove_tree(self._layout.rules_directory(name))
         for item in doomed:
             if not self.leases.count(name, item.version):
                 self._reclaim(functools.partial(self.upkeep.purge, item))

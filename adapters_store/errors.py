@@ -12,6 +12,7 @@
     │   ├── MalformedArchive  an archive that is cut short, damaged, or none
     │   └── InvalidHeader     not a well-formed safetensors file (names the tensor where one is to blame)
     ├── DiskFull              not enough free space to take it
+    ├── StagingFull           what is under way takes as much of the disk as it may; try again
     ├── NotFound
     │   ├── AdapterNotFound
     │   ├── VersionNotFound
@@ -91,6 +92,10 @@ class InvalidHeader(UploadRefused):
 
 class DiskFull(StoreError):
     code = "disk_full"
+
+
+class StagingFull(StoreError):
+    code = "staging_full"
 
 
 class NotFound(StoreError):

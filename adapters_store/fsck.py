@@ -184,12 +184,21 @@ class _Examination:
         for path in sorted(self._layout.blobs.iterdir()):
             if is_temporary(path.name) or (used is not None and path.name not in used):
                 yield Finding("blob_stray", self._relative(path), "no version has it.")
+        if used is not None:
+            yield from self._find_stray_rules()
         for path in self._layout.temporary_files():
             yield Finding("leftover", self._relative(path), "it was being written, or is.")
         for path in sorted(self._layout.staging.iterdir()):
             with locks.tried(path.name.partition("-")[0]) as is_dead:
                 if is_dead:
                     yield Finding("upload_dead", self._relative(path), "the process that began it is no more.")
+
+    def _find_stray_rules(self) -> Iterator[Finding]:
+        for name in self._layout.names_with_rules():
+            disk = read_name(self._layout, name, {})
+            if not disk.versions.keys() - disk.gone:
+                where = self._relative(self._layout.rules_directory(name))
+                yield Finding("leftover", where, "gates and canaries of an adapter that is deleted.")
 
     def _relative(self, path: Path) -> str:
         return str(path.relative_to(self._layout.root))

@@ -74,6 +74,17 @@ class Holdings:
             yield self._index
 
     @contextlib.contextmanager
+    def glancing(self) -> Iterator[Index | None]:
+        """The index, if nobody else is at it and nothing has changed that would have to be read; else None."""
+        if not self._reading.acquire(blocking=False):
+            yield None
+            return
+        try:
+            yield self._index if self._unread == set() and self._journal.is_at_end else None
+        finally:
+            self._reading.release()
+
+    @contextlib.contextmanager
     def changing(self, name: str | None = None) -> Iterator[OnDisk]:
         """Keeps every other process and thread from changing the store; what stands about `name`, settled.
 

@@ -13,7 +13,9 @@
     images/<effect>-<variant>.img   packed images, and beside each a small .json; all may be lost
     staging/<process>-<upload>/     uploads in progress
     received/<hex>                  files sent ahead of their upload, see `pending.py`; gone a day after the last use
+    answers/<hex>.json              what was answered to requests with a key, see `answers.py`; may be lost
     warm/<host>-<base>.json         what was on the device of a host, for its next start; may be lost
+    usage/<day>-<host>-<nonce>.jsonl    what every key used, written and read by the server
 
 A name's slash is written `%2F`, so adapter "a" and adapter "a/1.json" never meet in one directory.
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +35,8 @@ from adapters_store.schema import MARKER, settle_schema
 
 _LOCK = "lock"
 _LOCKS = "locks"
+_UNLOCKED = ("warm", "answers")  # folders of small files that are written without the lock of changes
+_LONGEST_WRITE_S = 3600.0
 
 
 class Layout:
@@ -52,6 +57,7 @@ class Layout:
         self.attributes = root / "attributes"
         self.tombstones = root / "tombstones"
         self.small_files = (self.versions, self.aliases, self.attributes, self.tombstones)  # what was committed
+        self.rules = root / "rules"
         self.changes = root / "changes"
         self.blobs = root / "blobs" / "sha256"
         self.images = root / "images"
@@ -92,6 +98,9 @@ class Layout:
     def tombstone_path(self, name: str) -> Path:
         return self.tombstones / f"{_encode(name)}.json"
 
+    def rules_directory(self, name: str) -> Path:
+        return self.rules / _encode(name)
+
     def blob_path(self, sha256: str) -> Path:
         return self.blobs / sha256
 
@@ -108,6 +117,12 @@ class Layout:
         for parent in (self.tombstones, self.attributes):
             found.update(_stems(parent))
         return sorted(_decode(entry) for entry in found)
+
+    def names_with_rules(self) -> list[str]:
+        """Every name that has a folder of rules, sorted."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(_decode(entry) for entry in os.listdir(self.rules))
+        return []
 
     def version_numbers(self, name: str) -> list[int]:
         """Numbers of the version files of a name."""
@@ -126,15 +141,33 @@ class Layout:
             raise StoreDamaged(f"{self.tombstone_path(name)} lacks or mistypes {error}.") from error
 
     def temporary_files(self) -> Iterator[Path]:
-        """Small files that were being written. Under the lock of changes nobody writes them any more."""
-        for parent in self.small_files:
-            for directory, _, files in os.walk(parent):
-                yield from (Path(directory, file) for file in files if is_temporary(file))
+        """Small files that were being written. Under the lock of changes nobody writes them any more.
+
+        What is written without that lock counts when it is too old to be still going on.
+        """
+        for parent in (*self.small_files, self.rules):
+            yield from _temporary(parent)
+        oldest_s = time.time() - _LONGEST_WRITE_S
+        for parent in (self.root / name for name in _UNLOCKED):
+            yield from (path for path in _temporary(parent) if _changed_s(path) < oldest_s)
 
 
 def check_store(root: Path) -> None:
     """Opens the store for a moment, creating it if need be. Raises as `Layout`."""
     Layout(root).close()
+
+
+def _temporary(parent: Path) -> Iterator[Path]:
+    for directory, _, files in os.walk(parent):
+        yield from (Path(directory, file) for file in files if is_temporary(file))
+
+
+def _changed_s(path: Path) -> float:
+    """Unix time of its last change; of one that is gone meanwhile, now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def _stems(directory: Path | str) -> list[str]:

@@ -29,6 +29,35 @@ _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length,
 _MAX_PAUSE_S = 0.02
 
 
+class Claim:
+    """A key that one piece of work has for itself, against every other piece in this process and in others.
+
+    It is held by an open file of its own, so it ends with the process however that ends.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def take(cls, path: Path, key: str) -> Claim | None:
+        """None while somebody else has it. `path` is the file of the store's locks. Raises OSError."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            _set_lock(descriptor, fcntl.F_WRLCK, key)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return None
+            raise
+        return cls(descriptor)
+
+    def release(self) -> None:
+        """Again is harmless."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 class StoreLocks:
     """Any thread may call."""
 
@@ -107,7 +136,11 @@ class StoreLocks:
         return True
 
     def _set(self, descriptor: int, kind: int, key: str) -> None:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, _offset(key), 1, 0))
+        _set_lock(descriptor, kind, key)
+
+
+def _set_lock(descriptor: int, kind: int, key: str) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, _offset(key), 1, 0))
 
 
 def _offset(key: str) -> int:

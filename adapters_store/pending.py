@@ -14,7 +14,7 @@ import re
 import time
 from pathlib import Path
 
-from adapters_store.durable import make_directory, move_file, remove
+from adapters_store.durable import make_directory, move_file, raise_if_full, remove
 from adapters_store.errors import BlobNotFound, InvalidName
 from adapters_store.staging import Stage
 
@@ -46,10 +46,14 @@ class PendingFiles:
             return None
 
     def keep(self, stage: Stage, path: str, sha256: str) -> None:
-        """Takes a complete file of a stage over. Its digest has been verified by the stage."""
-        make_directory(self._folder)
-        self.sweep()
-        move_file(stage.path_of(path), self._folder / sha256)
+        """Takes a complete file of a stage over. Its digest has been verified by the stage. Raises DiskFull."""
+        try:
+            make_directory(self._folder)
+            self.sweep()
+            move_file(stage.path_of(path), self._folder / sha256)
+        except OSError as error:
+            raise_if_full(error)
+            raise
 
     def name(self, stage: Stage, path: str, sha256: str) -> None:
         """Puts a file into a stage under its name there. Raises BlobNotFound, FileRefused, TooLarge."""

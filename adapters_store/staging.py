@@ -26,6 +26,7 @@ from typing import ClassVar
 from adapters_store.durable import raise_if_full, remove_tree, sync_directory
 from adapters_store.errors import BlobNotFound, DigestMismatch, DiskFull, FileRefused, TooLarge
 from adapters_store.record import StoredFile, manifest_digest
+from adapters_store.staged_bytes import StagedBytes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -60,6 +61,7 @@ class StageLimits:
     max_config_bytes: int = 2**20  # of files that are read whole: configs
     max_text_bytes: int = 64 * 2**20  # of the other files without tensors: tokenizers, templates
     reserve_bytes: int = 64 * 1024 * 1024  # of the disk, left free whatever is uploaded
+    max_staged_bytes: int | None = None  # of all stages of a process together; None: as much as the disk takes
 
     def of_file(self, path: str) -> int:
         """Bytes that a file of this name may have."""
@@ -107,9 +109,11 @@ class Stage:
 
     SPACE_CHECK_BYTES: ClassVar[int] = 64 * 1024 * 1024  # what may be written between two looks at the free space
 
-    def __init__(self, directory: Path, limits: StageLimits) -> None:
+    def __init__(self, directory: Path, limits: StageLimits, room: StagedBytes | None = None) -> None:
+        """`room` is what the stages of a process share; without it there is no bound. Raises DiskFull."""
         self.directory = directory
         self.limits = limits
+        self.share = (room or StagedBytes(None)).share()
         self._files: dict[str, StoredFile] = {}
         self._num_bytes = 0
         self._num_unchecked_bytes = 0
@@ -155,6 +159,7 @@ class Stage:
             TooLarge: a cap of StageLimits is passed; what was written of it is gone.
             DigestMismatch: its digest is not `sha256` (64 hex digits).
             DiskFull: it would leave less than `reserve_bytes` free.
+            StagingFull: all stages together would take more than `max_staged_bytes`.
         """
         with self.open_file(path, sha256=sha256) as sink:
             for chunk in chunks:
@@ -203,6 +208,7 @@ class Stage:
         for sink in self._sinks:
             sink.abandon()
         remove_tree(self.directory)
+        self.share.give_back()
 
     def _require_new(self, path: str) -> None:
         check_path(path)
@@ -218,6 +224,11 @@ class Stage:
         if self._num_bytes + added_bytes > self.limits.max_total_bytes:
             raise TooLarge(f"the files together are over the limit of {self.limits.max_total_bytes} bytes.")
 
+    def announce(self, num_bytes: int) -> None:
+        """Looks whether so many bytes can come, and counts them before they do. Raises DiskFull, StagingFull."""
+        self.require_space(num_bytes)
+        self.share.reserve(num_bytes)
+
     def require_space(self, num_bytes: int) -> None:
         """Raises DiskFull unless so many bytes more leave the reserve free."""
         free = shutil.disk_usage(self.directory).free
@@ -229,6 +240,7 @@ class Stage:
 
     def _account(self, path: str, file_bytes: int, added_bytes: int) -> None:
         self._check_caps(path, file_bytes, added_bytes)
+        self.share.add(added_bytes)
         self._num_bytes += added_bytes
         self._num_unchecked_bytes += added_bytes
         if self._num_unchecked_bytes >= self.SPACE_CHECK_BYTES:

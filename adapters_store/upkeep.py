@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from adapters_store.durable import remove
+from adapters_store.durable import remove, remove_tree
 from adapters_store.errors import AdapterPinned, AliasInUse, NotFound, PreconditionFailed
 from adapters_store.holdings import Holdings
 from adapters_store.image_sweep import sweep_images
@@ -21,6 +21,7 @@ from adapters_store.record import AdapterRecord, AdapterVersion
 logger = logging.getLogger(__name__)
 
 Delete = Callable[..., list[AdapterVersion]]  # `Catalog.delete`
+OnRemoved = Callable[[str, list[AdapterVersion]], object]  # (why: "retention" or "time to live", what)
 
 
 class Collected(NamedTuple):
@@ -36,6 +37,7 @@ class Upkeep:
         self._layout = holdings.layout
         self._delete = delete
         self._keep_versions = keep_versions
+        self.on_removed: OnRemoved = _nobody  # told of all that this process deletes by itself, in whichever thread
 
     def expire(self, at: datetime | None = None) -> list[AdapterVersion]:
         """Deletes the adapters whose `expires_at` has passed and that are not pinned; returns what went."""
@@ -54,8 +56,10 @@ class Upkeep:
         gone: list[AdapterVersion] = []
         for name in names:
             with contextlib.suppress(NotFound, PreconditionFailed, AdapterPinned):
-                gone += self._delete(name, expect=expect)
+                expired = self._delete(name, expect=expect)
                 logger.info("%s has expired and is deleted", name)
+                self.on_removed("time to live", expired)
+                gone += expired
         return gone
 
     def prune(self, name: str) -> list[AdapterVersion]:
@@ -78,6 +82,8 @@ class Upkeep:
 
             with contextlib.suppress(NotFound, AliasInUse, PreconditionFailed):
                 gone += self._delete(name, version.version, expect=expect)
+        if gone:
+            self.on_removed("retention", gone)
         return gone
 
     def purge(self, version: AdapterVersion) -> int | None:
@@ -96,7 +102,10 @@ class Upkeep:
             return self._remove(version, blobs, effect) if is_due else None
 
     def collect(self) -> Collected:
-        """Removes the bytes of deleted versions that no process on any host holds, stray files, and dead uploads."""
+        """Removes the bytes of deleted versions that no process on any host holds, stray files, and dead uploads.
+
+        Stray are blobs and images that no version uses, cut-off small files, and rules of adapters that are no more.
+        """
         with self._holdings.reading() as index:
             hidden = index.hidden()
         freed = [self.purge(version) for version in hidden]
@@ -107,6 +116,8 @@ class Upkeep:
             with self._holdings.reading() as index:
                 has_damage, blobs, effects = index.has_damage, set(index.used_blobs), index.used_effects
             stray = 0 if has_damage else self._sweep(blobs, effects)
+            if not has_damage:
+                self._sweep_rules()
         done = [num_bytes for num_bytes in freed if num_bytes is not None]
         with self._holdings.reading() as index:
             held = len(index.hidden())
@@ -143,6 +154,12 @@ class Upkeep:
             return None
         return freed
 
+    def _sweep_rules(self) -> None:
+        """A process died between a deletion and the removal of its rules; whoever takes the name starts without."""
+        for name in self._layout.names_with_rules():
+            if self._holdings.record(name) is None:
+                remove_tree(self._layout.rules_directory(name))
+
     def _sweep(self, blobs: set[str], effects: set[str]) -> int:
         """Removes blobs and images that no version uses; bytes of blobs freed."""
         freed = 0
@@ -152,3 +169,7 @@ class Upkeep:
                 remove(self._layout.blobs / name)
         self._holdings.shelf.keep_only(effects)
         return freed
+
+
+def _nobody(reason: str, versions: list[AdapterVersion]) -> None:
+    """Whoever keeps no log of it hears of nothing."""

@@ -14,10 +14,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from adapters_store.audit_log import AuditEntry, AuditLog
 from adapters_store.backup import backup, export, restore
 from adapters_store.errors import InvalidName, StoreError
 from adapters_store.fsck import check
@@ -29,6 +30,7 @@ _Store = Annotated[
 ]
 _Archive = Annotated[Path, typer.Argument(metavar="ARCHIVE", dir_okay=False)]
 _Answer = TypeVar("_Answer")
+_MAX_TOLD = 100  # subjects in one line of the audit log
 
 
 def register(app: typer.Typer) -> None:
@@ -47,6 +49,9 @@ def check_store(
 ) -> None:
     """Read a whole store and say what is wrong with it. Servers may run on it."""
     found = _do(lambda: check(store, repair=repair, read_bytes=not quick))
+    repaired = [finding.subject for finding in found.findings if finding.repaired]
+    if repaired:
+        _note(store, "fsck", "store.repair", repaired=repaired[:_MAX_TOLD], number=len(repaired))
     if as_json:
         findings = [finding.to_json() for finding in found.findings]
         counts = {"adapters": found.num_adapters, "versions": found.num_versions, "bytes": found.num_bytes}
@@ -69,6 +74,7 @@ def back_up(archive: _Archive, store: _Store) -> None:
 def bring_back(archive: _Archive, directory: Annotated[Path, typer.Argument(metavar="DIRECTORY")]) -> None:
     """Make a new store from a backup; every digest is checked before it counts."""
     done = _do(lambda: restore(archive, directory))
+    _note(directory, "restore", "store.restore", archive=archive.name, adapters=done.num_adapters)
     print(f"{directory}: {done.num_adapters} adapters, {done.num_versions} versions")
 
 
@@ -80,6 +86,10 @@ def export_adapter(
     """Copy one version to a new directory, as PEFT reads it."""
     number = _do(lambda: export(store, parse_reference(reference), directory))
     print(f"{directory}: version {number} of {reference.partition('@')[0]}")
+
+
+def _note(store: Path, actor: str, action: str, **detail: Any) -> None:
+    AuditLog(store).note(AuditEntry(actor, action, "", detail))
 
 
 def _do(job: Callable[[], _Answer]) -> _Answer:

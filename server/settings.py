@@ -45,6 +45,14 @@ class Settings(
             raise ValueError("--admin-port is --port; leave it out, or choose another port for the /admin routes")
         return self
 
+    @model_validator(mode="after")
+    def _an_upload_fits_the_stages(self) -> Settings:
+        if self.max_staged_bytes < self.max_upload_bytes:
+            raise ValueError(
+                "--max-staged-bytes is less than --max-upload-bytes, so that no large upload could succeed"
+            )
+        return self
+
     @property
     def bind_host(self) -> str:
         if self.host is not None:

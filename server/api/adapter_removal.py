@@ -8,6 +8,7 @@ import contextlib
 from fastapi import Request
 
 from adapters_store.record import AdapterVersion, Expectation
+from server.api.audit import changed
 from server.api.service import Service
 from server.engine.errors import AdapterBusy, EngineUnavailable
 from server.front.front import Front
@@ -32,6 +33,8 @@ async def remove_adapter(
     service: Service = request.app.state.service
     front = service.front
     gone = await front.library.delete(name, version, force=force, drain_timeout_s=drain_timeout_s, expect=expect)
+    numbers = [item.version for item in gone.versions]
+    changed(request, "adapter.delete", name if version is None else f"{name}@{version}", versions=numbers, force=force)
     await front.library.pins.sync()
     for item in gone.versions:
         if front.library.catalog.names_using([item.content.effect_digest]):

@@ -26,9 +26,9 @@ from adapters_store.record import AdapterRecord, VersionState
 from server.api.adapter_removal import remove_adapter
 from server.api.adapter_view import Name, Number, front_of, residents_of, tagged_adapter, view_adapter, view_version
 from server.api.audit import changed
-from server.api.auth import admin, guarded_router, scoped
 from server.api.caller import caller_of, visible_page
 from server.api.documented import ADMIN, ADMIN_CHANGE, ADMIN_ONE, Responses
+from server.api.guarded_route import admin, conditional, guarded_router, scoped
 from server.api.preconditions import Precondition
 from server.api.resources import AdapterList, AdapterResource, VersionList, VersionResource
 from server.engine.errors import EngineError
@@ -129,6 +129,7 @@ async def show_version(request: Request, name: Name, version: Number) -> Version
     response_class=Response,
 )
 @admin
+@conditional
 async def delete_version(
     request: Request, name: Name, version: Number, force: bool = False, drain_timeout_s: Drain = 30.0
 ) -> Response:
@@ -159,6 +160,7 @@ async def show_adapter(request: Request, name: Name) -> Response:
 
 @router.patch("/adapters/{name:path}", summary="Describe, pin or limit an adapter", responses=_CHANGED)
 @admin
+@conditional
 async def change_adapter(request: Request, name: Name, change: Annotated[AdapterChange, Body()]) -> Response:
     """Versions never change; this is what may be said about them. `If-Match` with the `ETag` makes it conditional."""
     library, precondition = front_of(request).library, Precondition.of(request.headers)
@@ -192,6 +194,7 @@ async def change_adapter(request: Request, name: Name, change: Annotated[Adapter
     response_class=Response,
 )
 @admin
+@conditional
 async def delete_adapter(request: Request, name: Name, force: bool = False, drain_timeout_s: Drain = 30.0) -> Response:
     """Gone for new requests at once; requests that run on it finish, then its bytes go. A pin asks for `force`."""
     return await _delete(request, check_name(name), None, force, drain_timeout_s)
@@ -202,9 +205,8 @@ async def _delete(request: Request, name: str, version: int | None, force: bool,
     gone = await remove_adapter(
         request, name, version, force=force, drain_timeout_s=drain_timeout_s, expect=precondition.check
     )
-    numbers = [item.version for item in gone.versions]
-    changed(request, "adapter.delete", name if version is None else f"{name}@{version}", versions=numbers, force=force)
-    headers = {"x-deleted-versions": ",".join(map(str, numbers)), "x-requests-left": str(gone.num_leases_left)}
+    numbers = ",".join(str(item.version) for item in gone.versions)
+    headers = {"x-deleted-versions": numbers, "x-requests-left": str(gone.num_leases_left)}
     return Response(status_code=204, headers=headers)
 
 

@@ -21,9 +21,9 @@ from adapters_store.errors import AliasNotFound
 from adapters_store.names import check_alias, check_name
 from server.api.adapter_view import Name, front_of, tagged_adapter
 from server.api.audit import changed
-from server.api.auth import admin, guarded_router
 from server.api.documented import ADMIN_CHANGE, ADMIN_ONE, Responses
 from server.api.errors import Invalid
+from server.api.guarded_route import admin, conditional, guarded_router
 from server.api.preconditions import Precondition
 from server.api.resources import AdapterResource
 from server.front.front import Front
@@ -93,6 +93,7 @@ async def show_alias(request: Request, name: Name, alias: AliasName) -> AliasRes
 
 @router.put(_ADDRESS, summary="Point an alias to a version, or to several by weight", responses=_MOVED)
 @admin
+@conditional
 async def set_alias(
     request: Request, name: Name, alias: AliasName, order: Annotated[AliasOrder, Body()], skip_gate: SkipGate = False
 ) -> Response:
@@ -107,6 +108,7 @@ async def set_alias(
 
 @router.post(_ADDRESS + "/rollback", summary="Give an alias back its earlier meaning", responses=_MOVED)
 @admin
+@conditional
 async def roll_back_alias(request: Request, name: Name, alias: AliasName) -> Response:
     """Its newest earlier meaning whose versions are all still there. Twice goes back two moves."""
     front, precondition = front_of(request), Precondition.of(request.headers)
@@ -118,6 +120,7 @@ async def roll_back_alias(request: Request, name: Name, alias: AliasName) -> Res
 
 @router.delete(_ADDRESS, summary="Forget an alias", status_code=204, responses=_GONE, response_class=Response)
 @admin
+@conditional
 async def remove_alias(request: Request, name: Name, alias: AliasName) -> Response:
     """The versions stay. Without `default` the bare name means the latest version."""
     front, precondition = front_of(request), Precondition.of(request.headers)

@@ -27,8 +27,8 @@ from server.api import (
     uploads,
     usage,
 )
-from server.api.auth import GuardedRoute
 from server.api.doorstep import Doorstep
+from server.api.guarded_route import GuardedRoute
 from server.api.service import Service
 from server.api.sse import ClientGone
 from server.front.front import Front
@@ -56,7 +56,15 @@ ROUTERS = (
     upload_archive.router,
 )
 _CLIENT_CLOSED_REQUEST = 499  # never seen by anybody: the connection is gone
-_ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-Id", "X-Sticky-Key", "If-Match", "If-None-Match")
+_ALLOWED_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "X-Request-Id",
+    "X-Sticky-Key",
+    "If-Match",
+    "If-None-Match",
+    "Idempotency-Key",
+)
 _EXPOSED_HEADERS = (
     "x-request-id",
     "x-adapter-id",
@@ -65,6 +73,7 @@ _EXPOSED_HEADERS = (
     "retry-after",
     "etag",
     "location",
+    "idempotent-replayed",
 )
 
 

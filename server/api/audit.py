@@ -3,14 +3,17 @@
     GET /admin/v1/audit?adapter=sql&limit=100     youngest first
 
 The route of every change is a `GuardedRoute`, and that is where lines are written, so no admin route can be forgotten.
-A route that knows more than its name and its path says so with `changed`; one that changed nothing says `unchanged`.
+A route says what it did with `changed`, as soon as it is done: should the request fail after that, the line says so.
+One that changed nothing says `unchanged`. What happens without a request has a line as well, with another actor:
+
+    time to live, retention    the caretaker deleted it          canary       it was rolled back by itself
+    adapters directory         it was found there                auto load    a request named it
+    start                      a setting named it                fsck, restore    the command line
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -21,13 +24,13 @@ from pydantic import BaseModel
 from adapters_store.alias import weights_to_json
 from adapters_store.alias_rules import AliasKey
 from adapters_store.audit_log import AuditEntry, AuditLog
-from adapters_store.errors import DiskFull
 from server.api.caller import caller_of
+from server.api.errors import explain
 from server.api.operation import Operation
 from server.library.canary import Canary
 
-log = logging.getLogger("veneer.http")
 _LOCATION = "/admin/v1/adapters/"
+Change = tuple[str, str, dict[str, Any]]  # (action, target, detail)
 
 
 class AuditResource(BaseModel):
@@ -50,19 +53,32 @@ class Audit:
         self._log = AuditLog(root)
 
     async def note(self, request: Request, response: Response, endpoint: str) -> None:
-        """One line for a request that a route answered with a success; none if nothing changed or is only accepted."""
+        """One line for a request that changed something; none if nothing changed or the work is only accepted."""
         change = getattr(request.state, "change", None)
-        if response.status_code == 202 or change == ():
-            return
-        action, target, detail = change or (endpoint, _target(request, response), {})
+        if change is None and response.status_code < 300:  # a route that forgot to say anything
+            change = (endpoint, _target(request, response), {})
+        if change and response.status_code != 202:
+            await self._note(request, change, None if response.status_code < 300 else str(response.status_code))
+
+    async def note_failure(self, request: Request, error: Exception) -> None:
+        """One line for a request that failed, if it had changed something before."""
+        change = getattr(request.state, "change", None)
+        if change:
+            await self._note(request, change, _code(error))
+
+    async def note_operation(self, operation: Operation, error: Exception | None) -> None:
+        """One line for work in the background that has changed something, and how it ended."""
+        detail = {"operation": operation.id, **operation.changed}
+        if error is not None:
+            detail["failed"] = _code(error)
+        await self.write(AuditEntry(operation.actor, operation.kind, operation.target, detail))
+
+    async def _note(self, request: Request, change: Change, failed: str | None) -> None:
+        action, target, detail = change
+        if failed is not None:
+            detail = {**detail, "failed": failed}
         actor = caller_of(request).name or "no key"
         await self.write(AuditEntry(actor, action, target, detail, request.state.request_id))
-
-    async def note_operation(self, operation: Operation, result: Mapping[str, Any]) -> None:
-        """One line for work in the background that succeeded."""
-        version = result.get("version")
-        detail = {"operation": operation.id} | ({} if version is None else {"version": version})
-        await self.write(AuditEntry(operation.actor, operation.kind, operation.target, detail))
 
     async def note_canary(self, key: AliasKey, canary: Canary) -> None:
         """One line for a canary that ended by itself."""
@@ -71,11 +87,8 @@ class Audit:
 
     async def write(self, entry: AuditEntry) -> None:
         """The change has happened, so a line that cannot be written stops nothing; it is told as an error."""
-        try:
-            if self._log is not None:
-                await asyncio.to_thread(self._log.append, entry)
-        except (OSError, DiskFull) as error:
-            log.error("the audit log could not be written (%s): %s", error, entry)
+        if self._log is not None:
+            await asyncio.to_thread(self._log.note, entry)
 
     async def tail(self, limit: int, adapter: str) -> list[AuditResource]:
         """The last lines, youngest first; of one adapter, unless `adapter` is empty."""
@@ -96,13 +109,18 @@ class Audit:
 
 
 def changed(request: Request, action: str, target: str, **detail: Any) -> None:
-    """What the audit log says of this request, once it has succeeded."""
+    """What the audit log says of this request. The last one counts, so that a request may say more as it goes."""
     request.state.change = (action, target, detail)
 
 
 def unchanged(request: Request) -> None:
     """This request changed nothing that lasts."""
     request.state.change = ()
+
+
+def _code(error: Exception) -> str:
+    told = explain(error)
+    return "internal" if told is None else told.code
 
 
 def _target(request: Request, response: Response) -> str:

@@ -8,8 +8,8 @@ from fastapi import Query, Request
 from pydantic import BaseModel
 
 from server.api.audit import AuditResource
-from server.api.auth import admin, guarded_router
 from server.api.documented import ADMIN
+from server.api.guarded_route import admin, guarded_router
 from server.api.service import Service
 
 router = guarded_router(prefix="/admin/v1", tags=["Audit"])

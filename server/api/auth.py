@@ -1,17 +1,12 @@
 """Who may call what: deny by default.
 
-Every route of this package is a `GuardedRoute`, made through `guarded_router()`, and asks for a key unless its
-endpoint is marked otherwise:
+    user      a key that may generate (to look: any key), when any key is set
+    public    nobody is asked
+    admin     a key that may administer (to look: one that may read). The command line's API keys do when neither an
+              admin key nor a keys file is set; without any key only callers of a server that listens on loopback, and
+              no web page of another origin. With an admin port, there alone.
 
-    (no mark)    a key that may generate (to look: any key), when any key is set
-    @public      nobody is asked
-    @admin       a key that may administer (to look: one that may read). The command line's API keys do when neither an
-                 admin key nor a keys file is set; without any key only callers of a server that listens on loopback,
-                 and no web page of another origin. With an admin port, there alone.
-
-The adapter that a path names must be one that the key sees; an admin route whose path names none is closed to keys
-that do not see all adapters, unless its endpoint is marked `@scoped`: it keeps to what its caller sees by itself. A
-query parameter that an admin route does not have is refused.
+Which of them a route asks for, its endpoint's mark says, see `server.api.guarded_route`.
 
 Keys of the command line are compared as digests, all of them each time, so that neither length nor position can be
 measured. The header is never logged or passed on: clients may send a token there that is meant for somebody else.
@@ -21,28 +16,18 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
+from fastapi import Request
 from pydantic import SecretStr
-from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive
 
-from adapters_store.errors import AdapterNotFound
 from server.api.caller import ALL_SCOPES, ANYBODY, STRANGER, Caller
-from server.api.errors import AdminRefusal, Forbidden, NoSuchRoute, Refusal, Unauthorized, error_response, explain
-from server.api.upload_body import FRAME_BYTES
+from server.api.errors import Forbidden, NoSuchRoute, Unauthorized
 from server.keys import KeysFile, Scope
 from server.settings import LOOPBACK_HOSTS, Settings
 
-_MARK = "veneer_access"
-_UPLOAD_MARK = "veneer_takes_upload"
-_SCOPED_MARK = "veneer_keeps_to_scope"
-_LOOKING = ("GET", "HEAD")
-_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+LOOKING = ("GET", "HEAD")  # methods that change nothing
 
 
 class KeyRing:
@@ -65,7 +50,7 @@ class KeyRing:
 
 
 class Gate:
-    """The rule of the module docstring, for one server."""
+    """The rules of the module docstring, for one server."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises KeysFileError."""
@@ -103,7 +88,7 @@ class Gate:
             raise Unauthorized("this server asks for a key: send `Authorization: Bearer KEY` " + _CLIENT_HINT)
         if caller is None:
             raise Unauthorized("the key in `Authorization` is not one of this server's " + _CLIENT_HINT)
-        if request.method not in _LOOKING and "generate" not in caller.scopes:
+        if request.method not in LOOKING and "generate" not in caller.scopes:
             raise Forbidden(f"this key may {_listed(caller.scopes)}, but not generate; use another key")
         return caller
 
@@ -117,7 +102,7 @@ class Gate:
             raise Unauthorized("the admin routes ask for a key: send `Authorization: Bearer ADMIN_KEY`")
         if caller is None:
             raise Unauthorized("the key in `Authorization` is not one of this server's admin keys")
-        enough = {"admin", "read"} if request.method in _LOOKING else {"admin"}
+        enough = {"admin", "read"} if request.method in LOOKING else {"admin"}
         if not caller.scopes & enough:
             raise Forbidden(f"this key may {_listed(caller.scopes)}, but not administer; use an admin key")
         return caller
@@ -137,110 +122,6 @@ class Gate:
             return
         if origin.partition("://")[2] != request.headers.get("host"):
             raise Forbidden("no key is set, so the admin routes answer no web page of another origin")
-
-
-class GuardedRoute(APIRoute):
-    """A route that asks its gate before the body is read, and reads no more of it than its cap."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        access = getattr(self.endpoint, _MARK, "user")
-        known_query = sorted(parameter.alias for parameter in self.dependant.query_params)
-        unknown_query_code = "invalid_upload" if getattr(self.endpoint, _UPLOAD_MARK, False) else "validation"
-
-        async def guarded(request: Request) -> Response:
-            gate: Gate = request.app.state.service.gate
-            try:
-                request.state.caller = caller = gate.check(request, access)
-                _keep_to_scope(caller, request, access, getattr(self.endpoint, _SCOPED_MARK, False))
-                if access == "admin":
-                    _require_known_query(request, known_query, unknown_query_code)
-            except (Refusal, AdapterNotFound) as refusal:
-                told = explain(refusal)
-                assert told is not None
-                return error_response(request.url.path, told)
-            capped = BodyCap(request.receive, _body_cap(self.endpoint, request.app.state.service.settings))
-            response = await handle(Request(request.scope, capped))
-            if access == "admin" and request.method not in ("GET", "HEAD") and response.status_code < 300:
-                await request.app.state.service.audit.note(request, response, self.endpoint.__name__)
-            return response
-
-        return guarded
-
-
-class BodyTooLarge(HTTPException):
-    """413. An HTTPException, because FastAPI hides every other error that reading a body raises."""
-
-    def __init__(self, max_body_bytes: int) -> None:
-        super().__init__(413, f"the body is larger than this server takes here, {max_body_bytes} bytes")
-
-
-class BodyCap:
-    """An ASGI `receive` that counts the body and ends it at its cap."""
-
-    def __init__(self, receive: Receive, max_body_bytes: int) -> None:
-        self._receive = receive
-        self._max_body_bytes = max_body_bytes
-        self._num_bytes = 0
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > self._max_body_bytes:
-            raise BodyTooLarge(self._max_body_bytes)
-        return message
-
-
-def guarded_router(**options: Any) -> APIRouter:
-    """The only way that this package makes routers."""
-    return APIRouter(route_class=GuardedRoute, **options)
-
-
-def public(endpoint: _Endpoint) -> _Endpoint:
-    setattr(endpoint, _MARK, "public")
-    return endpoint
-
-
-def admin(endpoint: _Endpoint) -> _Endpoint:
-    setattr(endpoint, _MARK, "admin")
-    return endpoint
-
-
-def scoped(endpoint: _Endpoint) -> _Endpoint:
-    """An admin endpoint that names no adapter in its path and tells and changes only what its caller sees."""
-    setattr(endpoint, _SCOPED_MARK, True)
-    return endpoint
-
-
-def takes_upload(endpoint: _Endpoint) -> _Endpoint:
-    """The body may be as large as an adapter."""
-    setattr(endpoint, _UPLOAD_MARK, True)
-    return endpoint
-
-
-def _keep_to_scope(caller: Caller, request: Request, access: str, keeps_to_it: bool) -> None:
-    """Raises AdapterNotFound or Forbidden for what the caller does not see."""
-    name = request.path_params.get("name")
-    if access == "public" or caller.sees_all:
-        return
-    if name is not None:
-        caller.require(name)
-    elif access == "admin" and not keeps_to_it:
-        raise Forbidden("this route is about all adapters; it takes a key for all adapters")
-
-
-def _require_known_query(request: Request, known: list[str], code: str) -> None:
-    """Raises AdminRefusal for a parameter that there is not: a misspelt `dry_run` must not commit."""
-    for name in request.query_params:
-        if name not in known:
-            there = f"there are {', '.join(known)}" if known else "there are none here"
-            raise AdminRefusal(422, code, f"unknown parameter {name[:80]!r}; {there}")
-
-
-def _body_cap(endpoint: Callable[..., Any], settings: Settings) -> int:
-    if getattr(endpoint, _UPLOAD_MARK, False):
-        return settings.max_upload_bytes + FRAME_BYTES
-    return settings.max_body_bytes
 
 
 _CLIENT_HINT = "(with huggingface_hub: pass api_key=... to InferenceClient)."

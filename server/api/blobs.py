@@ -10,6 +10,7 @@ asks for within a day is gone.
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Annotated
 
 from fastapi import Path, Request, Response
@@ -20,10 +21,11 @@ from adapters_store.errors import BlobNotFound
 from adapters_store.pending import PendingFiles, parse_digest
 from adapters_store.staging import WEIGHTS_FILE
 from server.api.audit import unchanged
-from server.api.auth import admin, guarded_router, takes_upload
 from server.api.documented import ADMIN_ONE, ADMIN_UPLOAD, Responses
+from server.api.guarded_route import admin, guarded_router, takes_upload
 from server.api.service import Service
 from server.api.upload_body import announced_bytes, take_body
+from server.api.upload_places import upload_stage
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 Digest = Annotated[str, Path(description="`sha256:` and 64 hex digits", max_length=100)]
@@ -72,8 +74,11 @@ async def send_blob(request: Request, digest: Digest) -> Response:
     num_bytes = await asyncio.to_thread(pending.size, sha256)
     if num_bytes is not None:
         return _tell(sha256, num_bytes, 200)
-    with service.front.library.stage() as stage:
-        sink = stage.open_file(WEIGHTS_FILE, num_bytes=announced_bytes(request) or None, sha256=sha256)
+    async with upload_stage(service) as stage:
+        opening = functools.partial(
+            stage.open_file, WEIGHTS_FILE, num_bytes=announced_bytes(request) or None, sha256=sha256
+        )
+        sink = await asyncio.to_thread(opening)
         await take_body(request, stage, sink.write, service.settings)
         await asyncio.to_thread(sink.finish)
         await asyncio.to_thread(pending.keep, stage, WEIGHTS_FILE, sha256)

@@ -8,7 +8,8 @@
     DELETE /admin/v1/adapters/{name}/aliases/{alias}/gate
     POST   /admin/v1/adapters/{name}/aliases/{alias}/gate/check?version=4    ask them, move nothing
 
-A canary that went well is promoted by pointing the alias to its version.
+A canary that went well is promoted by pointing the alias to its version. `If-Match` with the adapter's `ETag` makes
+each of these changes conditional.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from adapters_store.names import check_alias, check_name
 from server.api.adapter_view import Name, front_of
 from server.api.aliases import AliasName, SkipGate
 from server.api.audit import changed, unchanged
-from server.api.auth import admin, guarded_router
 from server.api.documented import ADMIN_CHANGE, ADMIN_ONE, Responses
 from server.api.errors import AdminRefusal
+from server.api.guarded_route import admin, conditional, guarded_router
 from server.api.preconditions import Precondition
 from server.api.schemas import Prompt
 from server.front.front import Front
@@ -105,6 +106,7 @@ class VerdictResource(BaseModel):
 
 @router.post(_ALIAS + "/canary", summary="Start a canary", status_code=201, responses=ADMIN_CHANGE)
 @admin
+@conditional
 async def start_canary(
     request: Request, name: Name, alias: AliasName, body: Annotated[CanaryBody, Body()], skip_gate: SkipGate = False
 ) -> CanaryResource:
@@ -130,17 +132,19 @@ async def show_canary(request: Request, name: Name, alias: AliasName) -> CanaryR
 
 @router.delete(_ALIAS + "/canary", summary="Stop a canary", responses=ADMIN_CHANGE)
 @admin
+@conditional
 async def stop_canary(request: Request, name: Name, alias: AliasName) -> CanaryResource:
     """The alias means again what it did before."""
-    front = front_of(request)
+    front, precondition = front_of(request), Precondition.of(request.headers)
     front.library.catalog.record(check_name(name))
-    ended = await front.library.releases.stop_canary(name, alias)
+    ended = await front.library.releases.stop_canary(name, alias, expect=precondition.check)
     changed(request, "canary.stop", f"{name}@{alias}", version=ended.version)
     return await _canary(front, name, alias)
 
 
 @router.put(_ALIAS + "/gate", summary="Put golden prompts before an alias", responses=ADMIN_ONE)
 @admin
+@conditional
 async def set_gate(request: Request, name: Name, alias: AliasName, body: Annotated[GateBody, Body()]) -> GateBody:
     """From now on the alias moves only to versions that pass: by hand, by an upload, or as a canary."""
     if body.min_passed is not None and body.min_passed > len(body.prompts):
@@ -149,8 +153,8 @@ async def set_gate(request: Request, name: Name, alias: AliasName, body: Annotat
         GoldenPrompt(item.inputs, item.max_new_tokens, item.equals, tuple(item.contains), tuple(item.lacks))
         for item in body.prompts
     ]
-    gate = Gate(tuple(prompts), body.min_passed)
-    await front_of(request).library.releases.set_gate(check_name(name), alias, gate)
+    gate, precondition = Gate(tuple(prompts), body.min_passed), Precondition.of(request.headers)
+    await front_of(request).library.releases.set_gate(check_name(name), alias, gate, expect=precondition.check)
     changed(request, "gate.set", f"{name}@{alias}", prompts=len(prompts), min_passed=body.min_passed)
     return body
 
@@ -168,8 +172,10 @@ async def show_gate(request: Request, name: Name, alias: AliasName) -> GateBody:
 
 @router.delete(_ALIAS + "/gate", summary="Open a gate", status_code=204, responses=_GONE, response_class=Response)
 @admin
+@conditional
 async def remove_gate(request: Request, name: Name, alias: AliasName) -> Response:
-    await front_of(request).library.releases.set_gate(check_name(name), alias, None)
+    precondition = Precondition.of(request.headers)
+    await front_of(request).library.releases.set_gate(check_name(name), alias, None, expect=precondition.check)
     changed(request, "gate.delete", f"{name}@{alias}")
     return Response(status_code=204)
 

@@ -57,4 +57,36 @@ ADMIN_UPLOAD: Responses = {
     415: _object("A body of another type.", "unsupported_media_type", "send the adapter as multipart/form-data"),
     409: _object("The adapter exists, and the caller wanted to create it.", "adapter_exists", "..."),
     507: _object("The disk is full.", "disk_full", "..."),
+    429: _object("So many uploads are under way; see Retry-After.", "too_many_uploads", "..."),
 }
+
+IDEMPOTENT: Responses = {
+    400: _object("A header that cannot be read, or that this route cannot honour.", "precondition_unsupported", "..."),
+    409: _object("A request with this key is still under way; see Retry-After.", "idempotency_in_progress", "..."),
+    422: _object("The key came with another request before.", "idempotency_key_reused", "..."),
+}
+PRECONDITIONS: Responses = {412: ADMIN_UPLOAD[412]}
+
+
+def _header(name: str, text: str, **schema: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "description": text,
+        "schema": {"type": "string", **schema},
+    }
+
+
+IDEMPOTENCY_KEY = [
+    _header(
+        "Idempotency-Key",
+        "The same key and the same request within a day: the answer of the first, and nothing is done again.",
+        pattern="^[!-~]+$",
+        maxLength=255,
+    )
+]
+PRECONDITION = [
+    _header("If-Match", "`*`, or the `ETag` that the adapter must still have."),
+    _header("If-None-Match", "`*`: there must be no such adapter yet."),
+]

@@ -38,6 +38,7 @@ log = logging.getLogger("veneer.http")
 
 _MAX_PROBLEMS = 5  # of one body; a small body can cause thousands
 _MAX_MESSAGE_CHARS = 2000
+_UPLOAD_RETRY_S = "5"
 _OBJECT_FAMILIES = ("/v1/", "/admin/")
 
 
@@ -99,6 +100,16 @@ class AdminRefusal(Refusal):
         self.code = code
 
 
+class TooManyUploads(AdminRefusal):
+    """429: this server has as many uploads in hand as it may."""
+
+    def __init__(self, max_uploads: int) -> None:
+        super().__init__(
+            429, "too_many_uploads", f"{max_uploads} uploads are under way, and it takes no more; try again"
+        )
+        self.headers = {"Retry-After": _UPLOAD_RETRY_S}
+
+
 class Explanation(NamedTuple):
     status: int
     error_type: str
@@ -139,6 +150,7 @@ _FOREIGN: tuple[tuple[type[Exception], int, str], ...] = (
     (store_errors.PreconditionFailed, 412, "conflict"),
     (store_errors.UploadRefused, 422, "validation"),
     (store_errors.DiskFull, 507, "storage"),
+    (store_errors.StagingFull, 429, "overloaded"),
     (store_errors.AdapterExists, 409, "conflict"),
     (store_errors.AliasInUse, 409, "conflict"),
     (store_errors.AdapterPinned, 409, "conflict"),
@@ -253,6 +265,8 @@ def _retry_headers(error: Exception) -> dict[str, str]:
         headers["Retry-After"] = _whole_seconds(error.retry_after_s)
     elif isinstance(error, (front_errors.EngineGone, engine_errors.EngineUnavailable, engine_errors.NoRoomForAdapter)):
         headers["Retry-After"] = "1"
+    elif isinstance(error, store_errors.StagingFull):
+        headers["Retry-After"] = _UPLOAD_RETRY_S
     if isinstance(error, front_errors.GenerationFailed):
         headers["x-should-retry"] = str(error.retryable).lower()
     return headers

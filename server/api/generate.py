@@ -18,10 +18,10 @@ from fastapi import Body, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api import unknown
-from server.api.auth import guarded_router
 from server.api.caller import caller_of
 from server.api.documented import GENERATION, Responses
 from server.api.errors import BUG, error_body, explain, log
+from server.api.guarded_route import guarded_router
 from server.api.native_body import Answer, Shape
 from server.api.passage import Passage
 from server.api.sampling import STICKY_HEADER, text_request, wants_details

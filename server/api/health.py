@@ -12,10 +12,10 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from server.api.auth import guarded_router, public
 from server.api.caller import STRANGER, caller_of, num_visible
 from server.api.documented import NOT_READY
 from server.api.errors import Explanation, error_response
+from server.api.guarded_route import guarded_router, public
 from server.api.service import Service
 from server.version import VERSION
 

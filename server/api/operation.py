@@ -2,6 +2,7 @@
 
     operation = service.operations.start("adapter.register", "sql", work, actor="key 1")     work(operation) runs on
     operation.enter("downloading"); operation.advance(241970, 83886080)                      inside of it
+    operation.note(version=3)                                    what has been done that lasts, should it fail after
     operation.seal()                                                                         too late to cancel
     async for seen in operation.changes(): ...                                               ends with the operation
 
@@ -43,6 +44,7 @@ class Operation:
         self.total: int | None = None  # None: not known
         self.result: Mapping[str, Any] | None = None  # the resource that it made
         self.error: Explanation | None = None
+        self.changed: dict[str, Any] = {}  # for the audit log: what it has done that lasts
         self.created_at = self.updated_at = _now()
         self.is_sealed = False
         self._changed = asyncio.Event()
@@ -61,6 +63,10 @@ class Operation:
         """How far the step is, in bytes. Cheap enough to be called for every piece of a download."""
         self.completed, self.total = completed, total
         self._tell()
+
+    def note(self, **facts: Any) -> None:
+        """Says what has been changed, for the audit log."""
+        self.changed.update(facts)
 
     def seal(self) -> None:
         """From here on it runs to its end: whoever cancels it is told that it is too late."""
@@ -126,14 +132,17 @@ class Operation:
 
 
 Work = Callable[[Operation], Awaitable[Mapping[str, Any] | None]]
-OnChange = Callable[[Operation, Mapping[str, Any]], Awaitable[None]]
+OnChange = Callable[[Operation, Exception | None], Awaitable[None]]
 
 
 class OperationBook:
     """All operations of one server, oldest first."""
 
     def __init__(self, on_change: OnChange | None = None) -> None:
-        """`on_change` hears of every operation that succeeded, with its result, before those who wait for it."""
+        """`on_change` hears of every operation that succeeded, or failed after it had noted a change.
+
+        It hears before those who wait for the operation do.
+        """
         self._operations: OrderedDict[str, Operation] = OrderedDict()
         self._on_change = on_change
 
@@ -147,9 +156,16 @@ class OperationBook:
         self._forget_old()
 
         async def told(running: Operation) -> Mapping[str, Any] | None:
-            result = await work(running)
+            try:
+                result = await work(running)
+            except Exception as error:
+                if running.changed and self._on_change is not None:
+                    await self._on_change(running, error)
+                raise
+            if "version" in (result or {}):
+                running.note(version=(result or {})["version"])
             if is_change and self._on_change is not None:
-                await self._on_change(running, result or {})
+                await self._on_change(running, None)
             return result
 
         operation.run(told)
@@ -162,6 +178,10 @@ class OperationBook:
             text = f"there is no operation {operation_id[:80]!r}; it may have ended long ago."
             raise AdminRefusal(404, "operation_not_found", text)
         return found
+
+    def knows(self, operation_id: str) -> bool:
+        """Whether it is still told of."""
+        return operation_id in self._operations
 
     def all(self) -> list[Operation]:
         """Youngest first."""

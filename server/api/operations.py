@@ -15,9 +15,10 @@ from fastapi import Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from server.api.auth import admin, guarded_router, scoped
+from server.api.audit import changed
 from server.api.caller import caller_of
 from server.api.documented import ADMIN, ADMIN_CHANGE, ADMIN_ONE, Responses
+from server.api.guarded_route import admin, guarded_router, scoped
 from server.api.operation import Operation, OperationBook
 from server.api.schemas import ErrorBody
 from server.api.service import Service
@@ -108,6 +109,7 @@ async def cancel_operation(request: Request, operation_id: OperationId) -> Opera
     """What it had staged is gone when this answers."""
     operation = _find(request, operation_id)
     await operation.cancel()
+    changed(request, "operation.cancel", operation.target, operation=operation.id, kind=operation.kind)
     return operation_resource(operation)
 
 

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from adapters_store.attributes import Attributes, check_attributes
+from adapters_store.catalog import Committed
 from adapters_store.pending import PendingFiles, parse_digest
 from adapters_store.record import AdapterVersion, Source
 from adapters_store.staging import Stage, check_path
@@ -33,7 +34,8 @@ from server.api.preconditions import Precondition
 from server.api.service import Service
 from server.api.upload_order import check_known, check_stage, wanted_aliases
 from server.engine.request import Tier
-from server.library.errors import SourceForbidden
+from server.library.errors import GateFailed, SourceForbidden
+from server.library.obtain import open_stage
 from server.library.sources.download import Fetched, Phase, Progress
 
 MAX_BODY_BYTES = 64 * 1024
@@ -114,6 +116,14 @@ class Pull:
             tell(num_bytes, num_bytes, "validating")
             if self._is_dry_run:
                 return (await check_stage(self._front, fetched.stage, self.order.name)).model_dump(mode="json")
+            committed = await self._commit(fetched, operation)
+        self.was_created = committed.created
+        await self._finish(committed.version, operation)
+        return view_version(self._front, committed.version, await residents_of(self._front)).model_dump(mode="json")
+
+    async def _commit(self, fetched: Fetched, operation: Operation) -> Committed:
+        """Raises as `Library.add`. What was committed is noted, also where an alias could not be moved to it."""
+        try:
             committed = await self._front.library.add(
                 fetched.stage,
                 self.order.name,
@@ -122,9 +132,12 @@ class Pull:
                 create_only=self._create_only,
                 expect=self._precondition.check,
             )
-        self.was_created = committed.created
-        await self._finish(committed.version, operation)
-        return view_version(self._front, committed.version, await residents_of(self._front)).model_dump(mode="json")
+        except GateFailed as error:
+            if error.committed is not None:
+                _note(operation, error.committed)
+            raise
+        _note(operation, committed)
+        return committed
 
     def _check_source(self, source: PullSource) -> None:
         """Raises SourceInvalid, SourceForbidden, InvalidName, FileRefused."""
@@ -142,7 +155,7 @@ class Pull:
         """The files, wherever they come from, in a stage that goes when the block ends."""
         uri = self.order.source.uri
         if uri is None:
-            with self._front.library.stage() as stage:
+            async with open_stage(self._front.library.stage) as stage:
                 await asyncio.to_thread(self._name_blobs, stage)
                 yield Fetched(stage, Source("upload:"))
             return
@@ -170,6 +183,12 @@ class Pull:
     def _amended(self, known: Attributes) -> Attributes:
         pinned = known.pinned if self.order.pinned is None else self.order.pinned
         return replace(known, labels={**known.labels, **self._changes.labels}, pinned=pinned)
+
+
+def _note(operation: Operation, committed: Committed) -> None:
+    version = committed.version
+    facts = {"created": committed.created, "source": version.source.uri, "revision": version.source.revision}
+    operation.note(version=version.version, **facts)
 
 
 async def start_pull(request: Request, *, is_dry_run: bool, wait_s: float) -> Response:

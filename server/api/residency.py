@@ -20,10 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapters_store.names import DEFAULT_ALIAS, check_name
 from server.api.adapter_view import Name, front_of, residents_of, view_adapter, view_version
-from server.api.audit import changed
-from server.api.auth import admin, guarded_router, scoped
+from server.api.audit import changed, unchanged
 from server.api.caller import caller_of
 from server.api.documented import ADMIN, ADMIN_CHANGE, Responses
+from server.api.guarded_route import admin, guarded_router, scoped
 from server.api.operation import Operation
 from server.api.operations import OperationResource, accepted
 from server.api.resources import AdapterResource, CacheResource, ResidentResource, VersionResource
@@ -115,11 +115,14 @@ async def unload(request: Request, name: Name, order: Annotated[UnloadOrder | No
     record = await front.library.show(check_name(name))
     if wanted.version is not None:
         front.library.look_up(f"{name}@{wanted.version}")
+    gone: list[str] = []
+    unchanged(request)
     for version in record.versions:
         if wanted.version in (None, version.version):
             for tier in tiers:
-                await front.engine.evict(version.content.effect_digest, tier)
-    changed(request, "adapter.unload", name, tier=wanted.tier, version=wanted.version)
+                if await front.engine.evict(version.content.effect_digest, tier):
+                    gone.append(f"{version} from {tier}")
+                    changed(request, "adapter.unload", name, tier=wanted.tier, evicted=gone)
     return view_adapter(front, record, await residents_of(front))
 
 
@@ -156,15 +159,16 @@ async def evict_idlest(request: Request, order: Annotated[EvictOrder, Body()]) -
     front, tier = front_of(request), _TIERS[order.tier]
     there = [one for one in await front.engine.residency() if _is_in(one, tier)]
     left, gone = sum(one.num_bytes for one in there), list[ResidentAdapter]()
+    unchanged(request)
     for one in sorted(there, key=lambda resident: -resident.idle_s):
         if len(gone) == order.count or (order.target_bytes is not None and left <= order.target_bytes):
             break
         if await _evict(front, one, tier):
             gone.append(one)
             left -= one.num_bytes
-    names = [one.name for one in gone]
-    changed(request, "cache.evict", str(tier), evicted=names)
-    return EvictedResource(tier=tier, evicted=names, bytes=sum(one.num_bytes for one in gone), bytes_left=left)
+            changed(request, "cache.evict", str(tier), evicted=[one.name for one in gone])
+    names, num_bytes = [one.name for one in gone], sum(one.num_bytes for one in gone)
+    return EvictedResource(tier=tier, evicted=names, bytes=num_bytes, bytes_left=left)
 
 
 async def _evict(front: Front, one: ResidentAdapter, tier: Tier) -> bool:

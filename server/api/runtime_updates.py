@@ -24,10 +24,10 @@ from adapters_store.errors import AdapterExists, AdapterNotFound, InvalidName, S
 from adapters_store.names import check_name
 from server.api.adapter_removal import remove_adapter
 from server.api.audit import changed
-from server.api.auth import admin, guarded_router, scoped
 from server.api.caller import Caller, caller_of
 from server.api.documented import Responses
 from server.api.errors import NoSuchRoute
+from server.api.guarded_route import admin, guarded_router, scoped
 from server.api.preconditions import Precondition
 from server.api.service import Service
 from server.api.unknown import IGNORED_FIELDS_HEADER, header_value
@@ -113,7 +113,7 @@ async def load_lora_adapter(request: Request) -> Response:
         committed = await service.joined.share(key, lambda: _load(request, body))
     except UpdateRefused as refusal:
         return _refused(refusal)
-    changed(request, "adapter.load", str(committed.version), lora_path=body.lora_path, load_inplace=body.load_inplace)
+    _note(request, body, committed)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.", headers=headers)
 
 
@@ -138,13 +138,12 @@ async def unload_lora_adapter(request: Request) -> Response:
             raise UpdateRefused(400, "InvalidUserInput", text)
         try:
             caller_of(request).require(check_name(name))
-            gone = await remove_adapter(request, name, force=True)
+            await remove_adapter(request, name, force=True)
         except (AdapterNotFound, InvalidName):
             text = f"The lora adapter '{name}' cannot be found."
             raise UpdateRefused(404, "NotFoundError", text) from None
     except UpdateRefused as refusal:
         return _refused(refusal)
-    changed(request, "adapter.delete", name, versions=[item.version for item in gone.versions], force=True)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.", headers=headers)
 
 
@@ -189,8 +188,14 @@ def _check_load(service: Service, caller: Caller, body: LoadBody) -> None:
 async def _load(request: Request, body: LoadBody) -> Committed:
     """Raises UpdateRefused."""
     committed = await _pull(request, body)
+    _note(request, body, committed)
     await _bring_near(request, committed)
     return committed
+
+
+def _note(request: Request, body: LoadBody, committed: Committed, **more: Any) -> None:
+    facts = {"created": committed.created, "lora_path": body.lora_path, "load_inplace": body.load_inplace}
+    changed(request, "adapter.register", str(committed.version), **facts, **more)
 
 
 async def _pull(request: Request, body: LoadBody) -> Committed:

@@ -13,9 +13,9 @@ from fastapi import Request, Response
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 
-from server.api.auth import guarded_router, public
 from server.api.caller import Caller, caller_of, visible_names
 from server.api.exposition import EngineCollector, Snapshot
+from server.api.guarded_route import guarded_router, public
 from server.api.service import Service
 from server.engine.errors import EngineUnavailable
 from server.engine.request import AdapterState, ResidentAdapter

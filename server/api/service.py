@@ -17,12 +17,14 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from adapters_store.answers import AnswerBook
 from server.api.audit import Audit
 from server.api.auth import Gate
 from server.api.caretaker import Caretaker
 from server.api.errors import NotReady, TooManyRequests
 from server.api.metrics import DoorMetrics
 from server.api.operation import OperationBook
+from server.api.upload_places import UploadPlaces
 from server.front.front import Front
 from server.front.golden import golden_answers
 from server.library.shared_work import SharedWork
@@ -46,6 +48,8 @@ class Service:
         self.in_house = 0
         self.started_at = time.time()
         self.ledger: UsageLedger | None = None
+        self._answers: AnswerBook | None = None
+        self.uploads = UploadPlaces(settings.max_concurrent_uploads)
         self._state: State = "starting"
         self._reason = "the base model is being loaded"
         self._front: Front | None = None
@@ -82,10 +86,18 @@ class Service:
         """The front in any state, for those who only look."""
         return self._front
 
+    @property
+    def answers(self) -> AnswerBook:
+        """What was answered to requests with a key. Raises NotReady unless requests are taken now."""
+        if self._answers is None or self._state != "ready":
+            raise NotReady(self._reason, "draining" if self._state == "draining" else "loading")
+        return self._answers
+
     def attach(self, front: Front) -> None:
         self._front = front
         self._state = "ready"
         self.audit.open(front.library.catalog.root)
+        self._answers = AnswerBook(front.library.catalog.root)
         releases = front.library.releases
         releases.answer = releases.answer or golden_answers(front)
         releases.on_rolled_back = self.audit.note_canary

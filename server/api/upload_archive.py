@@ -18,14 +18,15 @@ from fastapi import Path, Query, Request, Response
 from adapters_store.archive import ArchiveSink, Format, format_of, unpack
 from adapters_store.names import check_name
 from adapters_store.staging import Stage
-from server.api.auth import admin, guarded_router, takes_upload
 from server.api.documented import ADMIN_ONE, ADMIN_UPLOAD, Responses
 from server.api.errors import AdminRefusal
+from server.api.guarded_route import admin, conditional, guarded_router, takes_upload
 from server.api.preconditions import Precondition
 from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
 from server.api.upload_body import announced_bytes, take_body
 from server.api.upload_order import UploadOrder, carry_out, check_known, wanted_aliases
+from server.api.upload_places import upload_stage
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 _ANY: tuple[Format, ...] = ("tar", "gzip", "zip")
@@ -66,6 +67,7 @@ _RESPONSES: Responses = {
     openapi_extra=_BODY,
 )
 @admin
+@conditional
 @takes_upload
 async def upload_archive(
     request: Request,
@@ -85,7 +87,7 @@ async def upload_archive(
     )
     check_known(library, name, order.precondition, create_only=order.create_only)
     formats = _announced_formats(request)
-    with library.stage() as stage:
+    async with upload_stage(service) as stage:
         left_out = await _receive(request, stage, formats)
         answer = await carry_out(request, stage, order)
     if left_out:
@@ -96,7 +98,7 @@ async def upload_archive(
 async def _receive(request: Request, stage: Stage, formats: tuple[Format, ...]) -> list[str]:
     """The archive's files, in the stage; returns what was left out."""
     service: Service = request.app.state.service
-    archive = ArchiveSink(stage, announced_bytes(request))
+    archive = await asyncio.to_thread(ArchiveSink, stage, announced_bytes(request))
     try:
         await take_body(request, stage, archive.write, service.settings)
         service.metrics.upload_bytes.inc(archive.num_bytes)
@@ -107,7 +109,7 @@ async def _receive(request: Request, stage: Stage, formats: tuple[Format, ...]) 
             )
         return await asyncio.to_thread(unpack, archive, stage)
     finally:
-        archive.close()
+        await asyncio.to_thread(archive.close)
 
 
 def _announced_formats(request: Request) -> tuple[Format, ...]:

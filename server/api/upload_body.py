@@ -56,7 +56,7 @@ async def take_body(request: Request, stage: Stage, take: Callable[[bytes], None
 
     Raises:
         AdminRefusal: it is too large, or nothing arrived for too long, or it took too long in all.
-        DiskFull, DigestMismatch, and what `take` raises.
+        DiskFull, StagingFull, DigestMismatch, and what `take` raises.
         ClientDisconnect: the caller left.
     """
     digests = AnnouncedDigests(request.headers)
@@ -65,7 +65,7 @@ async def take_body(request: Request, stage: Stage, take: Callable[[bytes], None
         raise AdminRefusal(
             413, "too_large", f"the body has {num_bytes} bytes; the limit of uploads is {settings.max_upload_bytes}"
         )
-    stage.require_space(num_bytes)
+    await asyncio.to_thread(stage.announce, num_bytes)
 
     def take_one(chunk: bytes) -> None:
         digests.update(chunk)

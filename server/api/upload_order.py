@@ -8,16 +8,18 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from adapters_store.catalog import Committed
 from adapters_store.errors import AdapterExists, AdapterNotFound
 from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name
 from adapters_store.record import AdapterRecord
 from adapters_store.staging import Stage
 from server.api.adapter_view import residents_of, view_version
-from server.api.audit import unchanged
+from server.api.audit import changed, unchanged
 from server.api.preconditions import Precondition, etag_header
 from server.api.resources import CheckResource, file_resources
 from server.api.service import Service
 from server.front.front import Front
+from server.library.errors import GateFailed
 from server.library.library import Library
 
 
@@ -66,13 +68,19 @@ async def carry_out(request: Request, stage: Stage, order: UploadOrder) -> Respo
     if order.dry_run:
         unchanged(request)
         return _json(await check_stage(front, stage, order.name), 200)
-    committed = await front.library.add(
-        stage,
-        order.name,
-        aliases=order.aliases,
-        create_only=order.create_only,
-        expect=order.precondition.check,
-    )
+    try:
+        committed = await front.library.add(
+            stage,
+            order.name,
+            aliases=order.aliases,
+            create_only=order.create_only,
+            expect=order.precondition.check,
+        )
+    except GateFailed as error:
+        if error.committed is not None:
+            _note(request, order, error.committed)
+        raise
+    _note(request, order, committed)
     version = committed.version
     answer = _json(view_version(front, version, await residents_of(front)), 201 if committed.created else 200)
     answer.headers["location"] = f"/admin/v1/adapters/{version.name}/versions/{version.version}"
@@ -92,6 +100,11 @@ async def check_stage(front: Front, stage: Stage, name: str) -> CheckResource:
         files=file_resources(stage.files),
         report=dict(prepared.report),
     )
+
+
+def _note(request: Request, order: UploadOrder, committed: Committed) -> None:
+    facts = {"created": committed.created, "aliases": list(order.aliases), "digest": committed.version.manifest_digest}
+    changed(request, "adapter.upload", str(committed.version), **facts)
 
 
 def _json(body: BaseModel, status: int) -> Response:

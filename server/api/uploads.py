@@ -12,11 +12,11 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 
-from server.api.auth import admin, guarded_router, scoped, takes_upload
 from server.api.blobs import pending_files
 from server.api.caller import caller_of
 from server.api.documented import ADMIN_CHANGE, ADMIN_ONE, ADMIN_UPLOAD, Responses
 from server.api.errors import AdminRefusal
+from server.api.guarded_route import admin, conditional, guarded_router, scoped, takes_upload
 from server.api.operations import OperationResource
 from server.api.preconditions import Precondition
 from server.api.pulls import PullOrder, is_order, start_pull
@@ -24,6 +24,7 @@ from server.api.resources import CheckResource, VersionResource
 from server.api.service import Service
 from server.api.upload import UploadForm, UploadMetadata, receive
 from server.api.upload_order import UploadOrder, carry_out, check_known
+from server.api.upload_places import upload_stage
 
 router = guarded_router(prefix="/admin/v1", tags=["Adapters"])
 _CONTENT = {
@@ -43,6 +44,7 @@ _RESPONSES: Responses = {
 
 @router.post("/adapters", summary="Upload an adapter", status_code=201, responses=_RESPONSES, openapi_extra=_BODY)
 @admin
+@conditional
 @scoped
 @takes_upload
 async def upload(
@@ -67,7 +69,7 @@ async def upload(
         caller_of(request).require(metadata.name)
         check_known(library, metadata.name, precondition, create_only=metadata.if_exists == "error")
 
-    with library.stage() as stage:
+    async with upload_stage(service) as stage:
         pending = pending_files(service) if caller_of(request).sees_all else None
         received = await receive(request, stage, service.settings, expect, pending)
         service.metrics.upload_bytes.inc(received.num_bytes)

@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 from fastapi import Query, Request
 from pydantic import BaseModel
 
-from server.api.auth import admin, guarded_router, scoped
 from server.api.caller import Caller, caller_of
 from server.api.documented import ADMIN_ONE
 from server.api.errors import AdminRefusal
+from server.api.guarded_route import admin, guarded_router, scoped
 from server.api.service import Service
 from server.usage import Account, read_usage
 

@@ -10,6 +10,7 @@ import os
 import socket
 from pathlib import Path
 
+from adapters_store.audit_log import AuditEntry, AuditLog
 from adapters_store.errors import StoreError
 from adapters_store.layout import check_store
 from adapters_store.staging import StageLimits
@@ -104,7 +105,11 @@ def _check_model(model: str) -> None:
 
 async def open_library(settings: Settings, engine: EngineClient, loader: LoaderClient) -> Library:
     """Aim the loader at this base and open the store. Raises StoreUnusable, LoaderUnavailable."""
-    limits = StageLimits(max_file_bytes=settings.max_upload_bytes, max_total_bytes=settings.max_upload_bytes)
+    limits = StageLimits(
+        max_file_bytes=settings.max_upload_bytes,
+        max_total_bytes=settings.max_upload_bytes,
+        max_staged_bytes=settings.max_staged_bytes,
+    )
     description = engine.description
     target = PackingTarget(
         description.spec,
@@ -154,7 +159,7 @@ async def register_adapters(library: Library, puller: Puller, settings: Settings
         await library.discover(adapters_dir, tell)
     for module in settings.lora_modules:
         if _is_fetched(module.path):
-            await _fetch(puller, module)
+            await _fetch(library, puller, module)
             continue
         with contextlib.suppress(StoreError, LoaderError, LibraryError, OSError):  # the library logs and remembers it
             await library.register(AdapterDirectory(module.name, Path(module.path)))
@@ -170,8 +175,11 @@ def _is_fetched(path: str) -> bool:
         return False
 
 
-async def _fetch(puller: Puller, module: LoraModule) -> None:
+async def _fetch(library: Library, puller: Puller, module: LoraModule) -> None:
     try:
-        await puller.pull(module.path, module.name)
+        committed = await puller.pull(module.path, module.name)
+        if committed.created:
+            entry = AuditEntry("start", "adapter.register", str(committed.version), {"source": module.path})
+            await asyncio.to_thread(AuditLog(library.catalog.root).note, entry)
     except (LibraryError, StoreError, LoaderError) as error:
         log.warning("adapter %r cannot be fetched from %s: %s", module.name, module.path, error)

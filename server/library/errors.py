@@ -60,13 +60,17 @@ class SourceUnavailable(SourceError):
 
 
 class GateFailed(LibraryError):
-    """`verdict` holds what was asked, answered and expected; None where nothing could be asked."""
+    """`verdict` holds what was asked, answered and expected; None where nothing could be asked.
+
+    `committed` is the version that a new upload became all the same (`Committed`); None where nothing was committed.
+    """
 
     code = "gate_failed"
 
     def __init__(self, message: str, verdict: Any = None) -> None:
         super().__init__(message)
         self.verdict = verdict
+        self.committed: Any = None
 
 
 class CanaryConflict(LibraryError):

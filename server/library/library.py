@@ -22,6 +22,7 @@ from typing import NamedTuple
 from adapters_store.catalog import Catalog, Committed, Page
 from adapters_store.errors import AdapterNotFound
 from adapters_store.images import StagedImage, StoredImage
+from adapters_store.leases import Lease
 from adapters_store.names import DEFAULT_ALIAS, check_alias, check_name, parse_reference
 from adapters_store.record import AdapterRecord, AdapterVersion, Content, Expectation, Source, VersionState
 from adapters_store.staging import Stage, StageLimits
@@ -31,6 +32,7 @@ from server.library.check import are_intact, check_files, check_rank
 from server.library.directory import AdapterDirectory
 from server.library.errors import AdapterUnusable
 from server.library.lease import AdapterLease, ticket_of
+from server.library.obtain import obtain, open_stage
 from server.library.pins import Pins
 from server.library.probe import Probe
 from server.library.registrar import Discovered, OnEach, Registrar
@@ -165,8 +167,7 @@ class Library:
                 committed = await asyncio.to_thread(
                     commit, image=image, aliases=free, create_only=create_only, expect=expect
                 )
-            for alias in gated:
-                await self.releases.move(name, alias, {committed.version.version: 1})
+            await self.releases.promote(committed, gated)
             await self.pins.sync()
             self._registrar.failures.pop(name, None)
             return committed
@@ -215,7 +216,9 @@ class Library:
         """
         parsed = parse_reference(reference)
         try:
-            lease = self.catalog.lease(parsed, key)
+            lease = self.catalog.lease_at_once(parsed, key)
+            if lease is None:  # other processes changed something, and to read that may take a while
+                lease = await obtain(functools.partial(self.catalog.lease, parsed, key), Lease.release)
         except AdapterNotFound:
             self._registrar.check(parsed.name)
             raise
@@ -244,23 +247,21 @@ class Library:
         return ticket_of(version, await self.ensure_image(version))
 
     async def _rebuild(self, version: AdapterVersion) -> StoredImage:
-        stage = await asyncio.to_thread(self.stage)
         try:
-            path = stage.directory / _IMAGE_FILE
-            files = {name: str(blob) for name, blob in self.catalog.files_of(version).items()}
-            prepared = await self._loader.prepare(PrepareJob(files, str(path)))
-            # Another release of the decoders may call the same files by another digest; damaged files are damaged.
-            if prepared.effect_digest != version.content.effect_digest and not await asyncio.to_thread(
-                are_intact, self.catalog.files_of(version), version.files
-            ):
-                raise AdapterRefused("its files in the store have changed. Upload it again.", code="store_damaged")
-            image = StagedImage(path, self._loader.variant, prepared.num_bytes)
-            return await asyncio.to_thread(self.catalog.keep_image, version, image)
+            async with open_stage(self.stage) as stage:
+                path = stage.directory / _IMAGE_FILE
+                files = {name: str(blob) for name, blob in self.catalog.files_of(version).items()}
+                prepared = await self._loader.prepare(PrepareJob(files, str(path)))
+                # Another release of the decoders may call the same files by another digest; damaged files are damaged.
+                if prepared.effect_digest != version.content.effect_digest and not await asyncio.to_thread(
+                    are_intact, self.catalog.files_of(version), version.files
+                ):
+                    raise AdapterRefused("its files in the store have changed. Upload it again.", code="store_damaged")
+                image = StagedImage(path, self._loader.variant, prepared.num_bytes)
+                return await asyncio.to_thread(self.catalog.keep_image, version, image)
         except AdapterRefused as error:
             self.catalog.mark(version, VersionState.FAILED, error.message)
             raise AdapterUnusable(f"{version} cannot be served any more: {error.message}") from error
-        finally:
-            await asyncio.to_thread(stage.close)
 
     # ------------------------------------------------------------------- looking
 

@@ -6,14 +6,17 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from adapters_store.audit_log import AuditEntry, AuditLog
 from adapters_store.catalog import Catalog, Committed
 from adapters_store.errors import AdapterNotFound, StoreError
 from adapters_store.names import DEFAULT_ALIAS, check_name
 from adapters_store.record import AdapterVersion, Source, VersionState
+from adapters_store.staging import Stage
 from server.library.directory import AdapterDirectory, find_directories
 from server.library.errors import AdapterUnusable, LibraryError
+from server.library.obtain import obtain
 from server.loader.errors import LoaderError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +31,10 @@ class Discovered(NamedTuple):
 
 
 class Registrar:
-    """Remembers, until the process ends, which directories could not be registered and why."""
+    """Remembers, until the process ends, which directories could not be registered and why.
+
+    What it registers has a line in the audit log, for nobody asked for it by a request.
+    """
 
     def __init__(
         self, catalog: Catalog, add: Callable[..., Awaitable[Committed]], move: Callable[..., Awaitable[object]]
@@ -38,6 +44,7 @@ class Registrar:
         self._catalog = catalog
         self._add = add
         self._move = move
+        self._audit = AuditLog(catalog.root)
 
     async def discover(self, adapters_dir: Path, on_each: OnEach | None = None) -> Discovered:
         """Registers every adapter below a directory. A bad one stops nothing: it is listed as failed, with the reason.
@@ -92,7 +99,7 @@ class Registrar:
         source = await asyncio.to_thread(directory.source)
         known = self._find_stamp(directory.name, source)
         if known is None:
-            stage = await asyncio.to_thread(self._catalog.stage)
+            stage = await obtain(self._catalog.stage, Stage.close)
             try:
                 await asyncio.to_thread(directory.copy_into, stage)
             except BaseException:
@@ -100,11 +107,18 @@ class Registrar:
                 raise
             known = self._catalog.find_content(directory.name, stage.manifest_digest)
             if known is None or known.state is not VersionState.READY:
-                return await self._add(stage, directory.name, source=source)
+                committed = await self._add(stage, directory.name, source=source)
+                await self._note("adapter.register", str(committed.version), source)
+                return committed
             await asyncio.to_thread(stage.close)
         if self._is_out_of_date(known):
             await self._move(known.name, DEFAULT_ALIAS, {known.version: 1})
+            await self._note("alias.set", f"{known.name}@{DEFAULT_ALIAS}", source, after={str(known.version): 1})
         return Committed(known, created=False)
+
+    async def _note(self, action: str, target: str, source: Source, **detail: Any) -> None:
+        entry = AuditEntry("adapters directory", action, target, {"source": source.uri, **detail})
+        await asyncio.to_thread(self._audit.note, entry)
 
     def _find_stamp(self, name: str, source: Source) -> AdapterVersion | None:
         ready = (item for item in self.versions(name) if item.state is VersionState.READY)

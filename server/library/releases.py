@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from adapters_store.alias import Alias, Weights
-from adapters_store.alias_rules import AliasKey, AliasRules
-from adapters_store.catalog import Catalog
+from adapters_store.alias_rules import AliasKey
+from adapters_store.catalog import Catalog, Committed
 from adapters_store.errors import AliasNotFound, PreconditionFailed, StoreError
 from adapters_store.names import DEFAULT_ALIAS, Reference, check_alias
 from adapters_store.record import AdapterRecord, Expectation
@@ -54,7 +54,7 @@ class Releases:
         self.on_moved: Callable[[], Awaitable[None]] = _nothing
         self.on_rolled_back: OnEnded | None = None
         self._catalog = catalog
-        self._rules = AliasRules(catalog.root)
+        self._rules = catalog.rules
         self._work = SharedWork()
         self._watches: dict[AliasKey, CanaryWatch] = {}
         self._refreshed_s = 0.0
@@ -82,6 +82,19 @@ class Releases:
         await self.on_moved()
         return moved
 
+    async def promote(self, committed: Committed, aliases: Iterable[str]) -> None:
+        """Points gated aliases to a version that has just been committed.
+
+        Raises as `move`; a GateFailed says what was committed all the same.
+        """
+        version = committed.version
+        try:
+            for alias in aliases:
+                await self.move(version.name, alias, {version.version: 1})
+        except GateFailed as error:
+            error.committed = committed
+            raise
+
     async def roll_back(self, name: str, alias: str = DEFAULT_ALIAS, *, expect: Expectation | None = None) -> Alias:
         """Gives an alias its newest earlier meaning. Raises as `AliasBook.roll_back`, InvalidName."""
         key = AliasKey(name, check_alias(alias))
@@ -102,20 +115,19 @@ class Releases:
         await self.on_moved()
 
     async def forget(self, name: str) -> None:
-        """An adapter was deleted: its gates and canaries go."""
-        await asyncio.to_thread(self._rules.forget, name)
+        """An adapter was deleted, its gates and canaries with it: nothing of it is watched any more."""
         self._watches = {key: watch for key, watch in self._watches.items() if key.name != name}
 
     # --------------------------------------------------------------------- gates
 
-    async def set_gate(self, name: str, alias: str, gate: Gate | None) -> None:
+    async def set_gate(self, name: str, alias: str, gate: Gate | None, *, expect: Expectation | None = None) -> None:
         """From now on the alias takes in only versions that pass; those it means already are not asked.
 
-        Raises InvalidName, AdapterNotFound, DiskFull.
+        Raises InvalidName, AdapterNotFound, PreconditionFailed, DiskFull.
         """
         key = AliasKey(name, check_alias(alias))
-        self._catalog.record(name)
-        await asyncio.to_thread(self._rules.write, key, _GATE, None if gate is None else gate.to_json())
+        rule = None if gate is None else gate.to_json()
+        await asyncio.to_thread(self._rules.write, key, _GATE, rule, expect=expect)
 
     async def gate(self, name: str, alias: str) -> Gate | None:
         rule = (await asyncio.to_thread(self._rules.read, AliasKey(name, alias))).get(_GATE)
@@ -190,14 +202,17 @@ class Releases:
         await self.on_moved()
         return canary
 
-    async def stop_canary(self, name: str, alias: str) -> Canary:
-        """Gives the alias back its meaning from before the canary. Raises CanaryConflict: none runs."""
+    async def stop_canary(self, name: str, alias: str, *, expect: Expectation | None = None) -> Canary:
+        """Gives the alias back its meaning from before the canary.
+
+        Raises CanaryConflict: none runs; PreconditionFailed: `expect` forbids it, or the alias was moved meanwhile.
+        """
         key = AliasKey(name, check_alias(alias))
         async with self._turn(name):
             found = await self._find_canary(key)
             if found is None or found.state is not CanaryState.RUNNING:
                 raise CanaryConflict(f"no canary runs on {key}.")
-            await self._restore(key, found)
+            await self._restore(key, found, expect)
             ended = await self._end(key, CanaryState.STOPPED, "it was stopped")
             assert ended is not None
         await self.on_moved()
@@ -254,10 +269,12 @@ class Releases:
         if self.on_rolled_back is not None and ended is not None:
             await self.on_rolled_back(key, ended)
 
-    async def _restore(self, key: AliasKey, canary: Canary) -> None:
+    async def _restore(self, key: AliasKey, canary: Canary, expect: Expectation | None = None) -> None:
         """Back to before the canary, unless the alias has been moved since. Raises StoreError."""
 
         def still_as_it_was(record: AdapterRecord | None) -> None:
+            if expect is not None:
+                expect(record)
             route = None if record is None else record.routes.get(key.alias)
             if route is None or dict(route.weights) != dict(canary.weights):
                 raise PreconditionFailed(f"{key} has been moved since the canary began.")

@@ -29,6 +29,16 @@ class LoadSettings(BaseModel):
     upload_timeout_s: float = setting(
         3600.0, "Load", "Seconds after which an upload that is still arriving is dropped.", gt=0
     )
+    max_concurrent_uploads: int = setting(
+        8, "Load", "Uploads that arrive or are checked at once; the next one is told 429 with Retry-After.", gt=0
+    )
+    max_staged_bytes: Size = setting(
+        16 * 2**30,
+        "Load",
+        "Most that uploads and downloads under way may take on disk together; what is over it is told 429.",
+        gt=0,
+        metavar="SIZE",
+    )
     graceful_timeout_s: float = setting(
         90.0, "Load", "Seconds that running requests get to finish after SIGTERM.", ge=0
     )

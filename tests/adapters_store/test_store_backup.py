@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters_store import fsck
-from adapters_store.alias_rules import AliasKey, AliasRules
+from adapters_store.alias_rules import AliasKey
 from adapters_store.attributes import Attributes
 from adapters_store.audit_log import AuditEntry, AuditLog
 from adapters_store.backup import backup, export, restore
@@ -37,7 +37,7 @@ def codes(found: fsck.Checkup) -> list[str]:
 
 def test_a_backup_taken_from_a_running_store_restores_all_of_it(catalog: Catalog, store: Path, tmp_path: Path) -> None:
     fill(catalog)
-    AliasRules(store).write(AliasKey("sql", "prod"), "gate", {"prompts": []})
+    catalog.rules.write(AliasKey("sql", "prod"), "gate", {"prompts": []})
     AuditLog(store).append(AuditEntry("me", "alias.set", "sql@prod"))
     with catalog.lease(parse_reference("sql")):
         done = backup(store, tmp_path / "store.tar")
@@ -47,7 +47,7 @@ def test_a_backup_taken_from_a_running_store_restores_all_of_it(catalog: Catalog
     again = Catalog(tmp_path / "again", BASE)
     assert again.page().records == catalog.page().records
     assert commit(again, "gone", 4).version.version == 2, "a number came back"
-    assert AliasRules(tmp_path / "again").read(AliasKey("sql", "prod")) == {"gate": {"prompts": []}}
+    assert again.rules.read(AliasKey("sql", "prod")) == {"gate": {"prompts": []}}
     assert [entry.target for entry in AuditLog(tmp_path / "again").tail(9)] == ["sql@prod"]
     again.close()
     assert fsck.check(tmp_path / "again").findings == ()

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from adapters_store.backup import backup, restore
 from server.api.app import ROUTERS
-from server.api.auth import GuardedRoute
+from server.api.guarded_route import GuardedRoute
 from server.api.operation import Operation
 from tests.api.conftest import Door, Visit
 

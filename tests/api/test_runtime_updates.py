@@ -216,7 +216,7 @@ def test_loads_and_unloads_are_in_the_audit_log(visit: Visit, sql: Path) -> None
         lines = (await door.client.get("/admin/v1/audit")).json()["data"]
         assert [(line["action"], line["target"]) for line in lines] == [
             ("adapter.delete", "sql"),
-            ("adapter.load", "sql@1"),
+            ("adapter.register", "sql@1"),
         ]
 
     visit(test, **OPEN)

@@ -15,6 +15,7 @@ import logging
 import time
 from collections import OrderedDict
 
+from adapters_store.audit_log import AuditEntry, AuditLog
 from adapters_store.errors import AdapterNotFound, StoreError
 from adapters_store.names import DEFAULT_ALIAS, parse_reference
 from server.library.errors import LibraryError, SourceDenied, SourceNotFound, SourceUnavailable
@@ -39,6 +40,7 @@ class AutoLoader:
         self._puller = puller
         self._patience_s = patience_s
         self._work = SharedWork()
+        self._audit = AuditLog(library.catalog.root)
         self._failures: OrderedDict[str, tuple[float, Exception]] = OrderedDict()  # name -> when, why
 
     async def resolve(self, reference: str, key: str | None = None) -> AdapterLease:
@@ -65,7 +67,7 @@ class AutoLoader:
         known = self._failures.get(name)
         if known is not None and time.monotonic() - known[0] < _REMEMBERED_S:
             raise known[1].with_traceback(None)  # else every caller would leave frames on it
-        job = functools.partial(self._puller.pull, f"hf://{name}", name)
+        job = functools.partial(self._pull, name)
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._work.share(name, job)
@@ -81,6 +83,13 @@ class AutoLoader:
             self._remember(name, error)
             raise
         log.info("adapter %r was fetched from the Hub, because a request named it", name)
+
+    async def _pull(self, name: str) -> None:
+        committed = await self._puller.pull(f"hf://{name}", name)
+        source = committed.version.source
+        detail = {"source": source.uri, "revision": source.revision}
+        entry = AuditEntry("auto load", "adapter.register", str(committed.version), detail)
+        await asyncio.to_thread(self._audit.note, entry)
 
     def _remember(self, name: str, error: Exception) -> None:
         self._failures[name] = (time.monotonic(), error)

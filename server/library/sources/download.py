@@ -46,6 +46,7 @@ class Download:
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Fetched] = self._loop.create_future()
         self._has_ended = asyncio.Event()  # the thread
+        self._clearing: asyncio.Future[None] | None = None  # of what came after nobody wanted it any more
         self._turn = threading.Lock()
         self._is_given_up = False
         self._told_s = 0.0
@@ -63,16 +64,19 @@ class Download:
         try:
             return await self._outcome
         except asyncio.CancelledError:
-            self._give_up()
-            with contextlib.suppress(TimeoutError):  # a source that does not answer is not waited for
-                await asyncio.wait_for(self._has_ended.wait(), _LEAVE_S)
+            await self._give_up()
             raise
 
-    def _give_up(self) -> None:
+    async def _give_up(self) -> None:
+        """What is delivered already, or on its way, is cleared away in a thread: gigabytes take a while."""
         with self._turn:
             self._is_given_up = True
         if self._outcome.done() and not self._outcome.cancelled() and self._outcome.exception() is None:
-            self._outcome.result().stage.close()
+            await asyncio.to_thread(self._outcome.result().stage.close)
+        with contextlib.suppress(TimeoutError):  # a source that does not answer is not waited for
+            await asyncio.wait_for(self._has_ended.wait(), _LEAVE_S)
+        if self._clearing is not None:
+            await self._clearing
 
     def _run(self) -> None:
         outcome: Fetched | Exception
@@ -128,7 +132,7 @@ class Download:
         limit = self._stage.limits.max_total_bytes
         if num_bytes > limit:
             raise TooLarge(f"the adapter has {num_bytes} bytes; the limit is {limit} for all its files together.")
-        self._stage.require_space(num_bytes)
+        self._stage.announce(num_bytes)
 
     def _require_wanted(self) -> None:
         with self._turn:
@@ -150,7 +154,7 @@ class Download:
     def _settle(self, fetched: Fetched | None, error: Exception | None) -> None:
         if self._outcome.done():  # cancelled while this was on its way
             if fetched is not None:
-                fetched.stage.close()
+                self._clearing = self._loop.run_in_executor(None, fetched.stage.close)
         elif error is not None:
             self._outcome.set_exception(error)
         elif fetched is not None:

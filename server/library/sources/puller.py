@@ -17,8 +17,10 @@ from contextlib import asynccontextmanager
 from adapters_store.catalog import Committed
 from adapters_store.names import DEFAULT_ALIAS, check_name
 from adapters_store.record import Expectation
+from adapters_store.staging import Stage
 from server.library.errors import SourceForbidden, SourceInvalid
 from server.library.library import Library
+from server.library.obtain import obtain
 from server.library.sources.download import Download, Fetched, Progress
 from server.library.sources.listing import AdapterSource
 from server.library.sources.policy import SourcePolicy
@@ -76,7 +78,7 @@ class Puller:
         """The files of an adapter in a stage, gone when the block ends. Raises as `pull`."""
         reference = self.check(uri, token, is_trusted=is_trusted)
         async with self._turns:
-            stage = await asyncio.to_thread(self._library.stage)
+            stage = await obtain(self._library.stage, Stage.close)
             # An empty token is none at all: not even the server's own.
             opening = functools.partial(open_source, reference, self.policy, token if is_trusted else token or "")
             fetched = await Download(opening, stage, progress).finish()
