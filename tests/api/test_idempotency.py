@@ -29,7 +29,7 @@ async def actions(door: Door) -> list[str]:
 
 
 def is_replay(answer: httpx.Response) -> bool:
-    return answer.headers.get("idempotent-replayed") == "true"
+    return bool(answer.headers.get("idempotent-replayed") == "true")
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:
