@@ -23,9 +23,8 @@ import yaml
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from server.setting_groups.field import GROUPS
 from server.setting_groups.values import LoraModule
-from server.settings import Settings
+from server.settings import GROUPS, Settings
 
 ENV_PREFIX = "VENEER_"
 # Read by other commands, never settings of the server.
@@ -92,8 +91,8 @@ def settings_table() -> str:
     """The settings as a Markdown table, for the README; a test compares the two."""
     lines = ["| flag | environment | default | what it does |", "|---|---|---|---|"]
     for group in GROUPS:
-        lines.append(f"| **{group}** | | | |")
-        for name, field in _fields_of(group):
+        lines.append(f"| **{group.heading}** | | | |")
+        for name, field in group.model_fields.items():
             spelled = "MODEL" if name == "model" else " ".join(f"`{flag}`" for flag in _spellings(name, field))
             default = _shown(field.default)
             text = (field.description or "").replace("|", "\\|")
@@ -127,8 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=Settings.model_fields["model"].description)
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings, one `name: value` a line.")
     for group in GROUPS:
-        section = parser.add_argument_group(group)
-        for name, field in _fields_of(group):
+        section = parser.add_argument_group(group.heading)
+        for name, field in group.model_fields.items():
             _add_flag(section, name, field)
     return parser
 
@@ -187,14 +186,6 @@ def _metavar(field: FieldInfo) -> str:
 
 def _is_tuple(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is tuple
-
-
-def _fields_of(group: str) -> list[tuple[str, FieldInfo]]:
-    return [
-        (name, field)
-        for name, field in Settings.model_fields.items()
-        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["group"] == group
-    ]
 
 
 def _flag(name: str) -> str:

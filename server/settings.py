@@ -20,6 +20,7 @@ from pydantic import ConfigDict, model_validator
 from server.demo import BASE_NAME
 from server.limits import cpu_limit
 from server.setting_groups.adapters import AdapterSettings
+from server.setting_groups.field import SettingGroup
 from server.setting_groups.keys import KeySettings
 from server.setting_groups.load import LoadSettings
 from server.setting_groups.memory import MemorySettings
@@ -28,6 +29,15 @@ from server.setting_groups.network import NetworkSettings
 from server.setting_groups.observing import ObservingSettings
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+GROUPS: tuple[type[SettingGroup], ...] = (
+    ModelSettings,
+    NetworkSettings,
+    KeySettings,
+    AdapterSettings,
+    LoadSettings,
+    MemorySettings,
+    ObservingSettings,
+)  # as `--help` shows them
 
 
 class Settings(

@@ -107,7 +107,7 @@ class Staging:
     def __init__(self, num_bytes: int, device: torch.device, transport: Transport | None = None) -> None:
         if transport is None and device.type != "cpu":
             transport = CudaTransport()
-        self.device, self.num_flushes, self.num_waits = device, 0, 0
+        self.device, self.num_waits = device, 0
         self._transport = transport
         self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._halves = (
@@ -138,7 +138,6 @@ class Staging:
 
     def flush(self) -> None:
         """Send what was written, as ONE copy on the current stream; does not wait for it."""
-        self.num_flushes += 1
         if self._transport is None:
             return
         end = max((array.used_end_bytes for array in self._arrays), default=0)

@@ -193,9 +193,9 @@ async def _load(request: Request, body: LoadBody) -> Committed:
     return committed
 
 
-def _note(request: Request, body: LoadBody, committed: Committed, **more: Any) -> None:
+def _note(request: Request, body: LoadBody, committed: Committed) -> None:
     facts = {"created": committed.created, "lora_path": body.lora_path, "load_inplace": body.load_inplace}
-    changed(request, "adapter.register", str(committed.version), **facts, **more)
+    changed(request, "adapter.register", str(committed.version), **facts)
 
 
 async def _pull(request: Request, body: LoadBody) -> Committed:

@@ -107,6 +107,8 @@ class BatchBuilder:
         tokens = table.tokens[token_rows, positions]
         head = _head_rows(plan, table, order, firsts, ends)
         num_rows = len(tokens)
+        for array in (self._tokens, self._positions, self._write_rows):
+            array.use(num_rows)
         self._tokens.host[:num_rows] = tokens
         self._positions.host[:num_rows] = np.maximum(positions - table.position_offset[token_rows], 0)
         self._write_rows.host[:num_rows] = units * self.cache.shape.rows_per_unit + in_block

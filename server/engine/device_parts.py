@@ -75,7 +75,7 @@ def build_device(config: EngineConfig, progress: Progress) -> DeviceParts:
     base.model.set_attn_implementation(PAGED_ATTENTION)
     vocab_size = plain.logits[0].shape[-1]
     sampler = Sampler(config.max_num_seqs, vocab_size, base.max_model_len, device, base.eos_token_ids)
-    max_rows = config.max_num_batched_tokens + config.chunk_size  # one chunk may exceed the budget
+    max_rows = config.max_num_batched_tokens  # of a step: a shrunken budget may be exceeded by a chunk, this never
     staging = Staging(BatchBuilder.num_bytes(max_rows), device)
     runner = ModelRunner(base.model, cache, active, sampler, staging, max_rows, residency.prefix)
     progress("self-check", 0.0)

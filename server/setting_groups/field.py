@@ -1,15 +1,19 @@
-"""How a setting is declared: its default, its help text, and the heading that it stands under."""
+"""How settings are declared: a group with its heading, and fields with their default, help text and spellings."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import Field
-
-GROUPS = ("Model", "Network", "Keys", "Adapters", "Load", "Memory and threads", "Observing")  # as `--help` shows them
+from pydantic import BaseModel, Field
 
 
-def setting(default: Any, group: str, text: str, **extra: Any) -> Any:
-    """A field: its default, the heading in `--help`, its help text; `aliases`, `metavar` and constraints by name."""
-    schema = {"group": group, "aliases": extra.pop("aliases", ()), "metavar": extra.pop("metavar", None)}
+class SettingGroup(BaseModel):
+    """Settings that stand together in `--help` and in the README."""
+
+    heading: ClassVar[str]
+
+
+def setting(default: Any, text: str, **extra: Any) -> Any:
+    """A field: its default, its help text; `aliases`, `metavar` and constraints by name."""
+    schema = {"aliases": extra.pop("aliases", ()), "metavar": extra.pop("metavar", None)}
     return Field(default, description=text, json_schema_extra=schema, **extra)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
-
-from server.setting_groups.field import setting
+from server.setting_groups.field import SettingGroup, setting
 
 
-class ObservingSettings(BaseModel):
+class ObservingSettings(SettingGroup):
+    heading = "Observing"
+
     metrics_compat: Literal["vllm", "none"] = setting(
-        "vllm", "Observing", "Names besides veneer_* in /metrics: vllm adds those that its dashboards and routers read."
+        "vllm", "Names besides veneer_* in /metrics: vllm adds those that its dashboards and routers read."
     )
-    metrics_adapter_label: Literal["off", "counters"] = setting(
-        "counters", "Observing", "Whether counters per adapter are kept."
-    )
+    metrics_adapter_label: Literal["off", "counters"] = setting("counters", "Whether counters per adapter are kept.")
     metrics_max_adapters: int = setting(
-        100, "Observing", 'Adapters with series of their own; the others share adapter="__other__".', ge=0
+        100, 'Adapters with series of their own; the others share adapter="__other__".', ge=0
     )
-    usage_ledger: bool = setting(
-        True, "Observing", "Keep in the store how many tokens every key had of every adapter version."
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Observing", "What is worth a log line.")
-    access_log: bool = setting(False, "Observing", "One log line per HTTP request.")
-    enable_docs: bool = setting(True, "Observing", "Serve /docs and /openapi.json.")
+    usage_ledger: bool = setting(True, "Keep in the store how many tokens every key had of every adapter version.")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "What is worth a log line.")
+    access_log: bool = setting(False, "One log line per HTTP request.")
+    enable_docs: bool = setting(True, "Serve /docs and /openapi.json.")

@@ -153,6 +153,26 @@ def test_a_version_that_is_being_removed_cannot_be_leased(catalog: Catalog, othe
     locks.close()
 
 
+def test_a_lease_at_once_never_waits(catalog: Catalog, other: Catalog) -> None:
+    commit(catalog, "sql", 1)
+    reference = parse_reference("sql")
+    assert other.lease_at_once(reference) is None, "there is something to read"
+    other.lease(reference).release()
+    lease = other.lease_at_once(reference)
+    assert lease is not None
+    assert lease.version.version == 1
+    lease.release()
+    with other._holdings.reading():
+        assert other.lease_at_once(reference) is None, "another thread is at it"
+    commit(other, "sql", 2)
+    mine = other.lease_at_once(reference)
+    assert mine is not None, "its own changes are read already"
+    assert mine.version.version == 2
+    mine.release()
+    with pytest.raises(AdapterNotFound):
+        other.lease_at_once(parse_reference("nobody"))
+
+
 def test_a_store_that_stays_locked_is_said_to_be_busy(
     catalog: Catalog, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

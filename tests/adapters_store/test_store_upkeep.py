@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from adapters_store import fsck
+from adapters_store.alias_rules import AliasKey
 from adapters_store.attributes import Attributes
 from adapters_store.catalog import Catalog
-from adapters_store.errors import AdapterNotFound, AdapterPinned, InvalidAttribute
+from adapters_store.errors import AdapterNotFound, AdapterPinned, InvalidAttribute, PreconditionFailed
 from adapters_store.names import parse_reference
+from adapters_store.record import AdapterRecord
 from tests.adapters_store.store_samples import BASE, commit
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -135,12 +139,64 @@ def test_stray_files_and_dead_uploads_are_swept_and_live_ones_are_not(catalog: C
     stray.write_bytes(b"12345")
     (store / "staging" / "dead-1").mkdir()
     (store / "versions" / "sql" / "9.json.tmp").write_text("{")
+    catalog.rules.write(AliasKey("sql", "prod"), "gate", {"prompts": []})
+    (store / "rules" / "sql" / "prod.json.1.tmp").write_text("{")
+    (store / "rules" / "gone").mkdir()
+    (store / "rules" / "gone" / "prod.json").write_text("{}")
+    for folder in ("warm", "answers"):
+        (store / folder).mkdir()
+        (store / folder / "old.json.1.tmp").write_text("{")
+        os.utime(store / folder / "old.json.1.tmp", (0, 0))
+        (store / folder / "new.json.1.tmp").write_text("{")
+    assert [finding.code for finding in fsck.check(store).findings].count("leftover") == 5
     stage = catalog.stage()
     stage.add_file("adapter_config.json", [b"{}"])
     done = catalog.upkeep.tend()
     assert (done.versions, done.held, done.freed_bytes, done.stages) == (0, 0, 5, 1)
     assert not stray.exists()
-    assert not list(store.rglob("*.tmp"))
+    assert sorted(path.name for path in store.rglob("*.tmp")) == ["new.json.1.tmp"] * 2, "these may still be written"
+    assert sorted(path.name for path in (store / "rules").iterdir()) == ["sql"]
+    assert catalog.rules.read(AliasKey("sql", "prod")) == {"gate": {"prompts": []}}
     assert stage.path_of("adapter_config.json").exists()
     stage.close()
     assert catalog.upkeep.tend() == (0, 0, 0, 0)
+
+
+def test_a_deletion_takes_the_rules_of_its_adapter_with_it(catalog: Catalog, store: Path) -> None:
+    key = AliasKey("sql", "prod")
+    with pytest.raises(AdapterNotFound):
+        catalog.rules.write(key, "gate", {})
+    for fill in (1, 2):
+        commit(catalog, "sql", fill)
+    catalog.rules.write(key, "gate", {"prompts": []})
+    catalog.delete("sql", 1)
+    assert catalog.rules.read(key) == {"gate": {"prompts": []}}, "the control: one version is not the adapter"
+    catalog.delete("sql")
+    commit(catalog, "sql", 3)
+    assert catalog.rules.read(key) == {}
+
+
+def test_a_rule_is_written_on_a_condition(catalog: Catalog) -> None:
+    commit(catalog, "sql", 1)
+    seen: list[str] = []
+
+    def forbid(record: AdapterRecord | None) -> None:
+        assert record is not None
+        seen.append(record.name)
+        raise PreconditionFailed("no")
+
+    with pytest.raises(PreconditionFailed):
+        catalog.rules.write(AliasKey("sql", "prod"), "gate", {}, expect=forbid)
+    assert (seen, catalog.rules.read(AliasKey("sql", "prod"))) == (["sql"], {})
+
+
+def test_what_a_process_deletes_by_itself_is_told(store: Path) -> None:
+    catalog = Catalog(store, BASE, keep_versions=1)
+    told: list[tuple[str, list[str]]] = []
+    catalog.upkeep.on_removed = lambda reason, gone: told.append((reason, [str(version) for version in gone]))
+    for fill in (1, 2):
+        commit(catalog, "sql", fill)
+    expire_at(catalog, "sql", NOW)
+    catalog.upkeep.expire(NOW)
+    assert told == [("retention", ["sql@1"]), ("time to live", ["sql@2"])]
+    catalog.close()

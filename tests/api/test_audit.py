@@ -100,3 +100,86 @@ def test_a_backup_holds_the_log_and_the_gates(visit: Visit, tmp_path: Path) -> N
     restore(tmp_path / "store.tar", tmp_path / "again")
     for name in ("audit.jsonl", "rules/sql/default.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "store" / name).read_bytes()
+
+
+def test_what_was_done_before_a_failure_is_written(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        for rank in (1, 2):
+            await door.upload("sql", config=b'{"r": %d}' % rank)
+            await door.client.post("/admin/v1/adapters/sql/load", json={"version": rank})
+        record = door.front.library.catalog.record("sql")
+        door.front.engine.busy.add(record.versions[1].content.effect_digest)
+        assert (await door.client.post("/admin/v1/adapters/sql/unload")).status_code == 409
+        entry = (await lines(door, "?limit=1"))[0]
+        assert (entry["action"], entry["target"]) == ("adapter.unload", "sql")
+        assert entry["detail"] == {"tier": "device", "evicted": ["sql@1 from device"], "failed": "adapter_in_use"}
+        assert (await door.client.post("/admin/v1/adapters/sql/unload")).status_code == 409
+        assert (await lines(door, "?limit=1")) == [entry], "the control: what changed nothing leaves no line"
+
+    visit(test)
+
+
+def test_a_version_that_its_gate_kept_from_an_alias_is_written(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        await door.upload("sql")
+        gate = {"prompts": [{"inputs": "a", "contains": ["never"]}]}
+        await door.client.put("/admin/v1/adapters/sql/aliases/default/gate", json=gate)
+        answer = await door.upload("sql", config=b'{"r": 8}')
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "gate_failed")
+        entry = (await lines(door, "?limit=1"))[0]
+        assert (entry["action"], entry["target"]) == ("adapter.upload", "sql@2")
+        assert (entry["detail"]["created"], entry["detail"]["failed"]) == (True, "gate_failed")
+
+    visit(test)
+
+
+def test_work_in_the_background_that_fails_after_a_change_is_written(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        async def half(running: Operation) -> dict[str, Any]:
+            running.note(version=3)
+            raise OSError("no")
+
+        assert await door.service.operations.start("adapter.register", "sql", half, actor="API key 1").wait(5)
+        (entry,) = await lines(door)
+        assert (entry["action"], entry["detail"]["version"], entry["detail"]["failed"]) == (
+            "adapter.register",
+            3,
+            "internal",
+        )
+
+    visit(test)
+
+
+def test_every_action_is_a_thing_and_what_was_done_to_it(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        base, alias = "/admin/v1/adapters/sql", "/admin/v1/adapters/sql/aliases/prod"
+        for rank in (1, 2):
+            await door.upload("sql", config=b'{"r": %d}' % rank, alias="prod")
+        changes: list[tuple[str, str, Any]] = [
+            ("PATCH", base, {"description": "x"}),
+            ("POST", base + "/load", {}),
+            ("POST", base + "/unload", {}),
+            ("POST", base + "/load", {"wait": False}),
+            ("PUT", alias, {"version": 1}),
+            ("POST", alias + "/rollback", None),
+            ("PUT", alias + "/gate", {"prompts": [{"inputs": "a"}]}),
+            ("POST", alias + "/canary?skip_gate=true", {"version": 1}),
+            ("DELETE", alias + "/canary", None),
+            ("DELETE", alias + "/gate", None),
+            ("DELETE", alias, None),
+            ("POST", "/admin/v1/cache/evict", {"count": 1}),
+            ("DELETE", base, None),
+        ]
+        for method, path, body in changes:
+            answer = await door.client.request(method, path, json=body)
+            assert answer.status_code < 300, (path, answer.text)
+            for operation in door.service.operations.all():
+                assert await operation.wait(5)
+        said = [entry["action"] for entry in reversed(await lines(door))]
+        assert said == [
+            *("adapter.upload", "adapter.upload", "adapter.change", "adapter.load", "adapter.unload", "adapter.load"),
+            *("alias.set", "alias.rollback", "gate.set", "canary.start", "canary.stop", "gate.delete", "alias.delete"),
+            *("cache.evict", "adapter.delete"),
+        ]
+
+    visit(test)

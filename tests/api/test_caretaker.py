@@ -50,8 +50,35 @@ def test_versions_beyond_those_to_keep_are_pruned(visit: Visit) -> None:
         await make(door).tend()
         left = [one["version"] for one in (await door.client.get(SQL)).json()["versions"]]
         assert left[0] == 1
-        assert left[-1] == 5
-        assert len(left) < 5
+        assert left == [1, 4, 5]
+        line = (await door.client.get("/admin/v1/audit?adapter=sql&limit=1")).json()["data"][0]
+        assert (line["actor"], line["action"]) == ("retention", "adapter.prune")
+        assert line["detail"] == {"versions": [2, 3]}
+
+    visit(test)
+
+
+def test_what_a_commit_prunes_is_written_down_and_leaves_the_device(visit: Visit) -> None:
+    async def test(door: Door) -> None:
+        await door.upload("sql", config=b'{"r": 1}')
+        await door.client.post(SQL + "/load")
+        await door.client.patch(SQL, json={"keep_versions": 1})
+        running = asyncio.create_task(make(door).run())
+        await asyncio.sleep(0)
+        assert (await door.upload("sql", config=b'{"r": 2}')).status_code == 201
+        for _ in range(300):
+            lines = (await door.client.get("/admin/v1/audit?adapter=sql")).json()["data"]
+            if "adapter.prune" in [line["action"] for line in lines]:
+                break
+            await asyncio.sleep(0.01)
+        assert [line["detail"]["versions"] for line in lines if line["action"] == "adapter.prune"] == [[1]]
+        for _ in range(300):
+            if not door.front.engine.loaded:
+                break
+            await asyncio.sleep(0.01)
+        assert not door.front.engine.loaded
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
     visit(test)
 

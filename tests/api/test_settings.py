@@ -8,9 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from server.flags import SettingsError, build_parser, changed, read_settings, settings_table, show
-from server.setting_groups.field import GROUPS
 from server.setting_groups.values import LoraModule
-from server.settings import Settings
+from server.settings import GROUPS, Settings
 
 
 def test_the_command_line_wins_over_the_environment_over_the_file_over_the_default(tmp_path: Path) -> None:
@@ -139,7 +138,8 @@ def test_every_setting_has_a_flag_a_group_a_text_and_a_line_in_the_table() -> No
         assert field.description
         assert field.description.endswith((".", "?"))
     for group in GROUPS:
-        assert f"{group}:" in text
+        assert f"{group.heading}:" in text
+    assert sorted(name for group in GROUPS for name in group.model_fields) == sorted(Settings.model_fields)
 
 
 def test_settings_do_not_change() -> None:
