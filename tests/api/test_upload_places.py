@@ -164,13 +164,16 @@ def test_a_caller_that_leaves_while_its_stage_is_made_leaves_none(
     visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(door: Door) -> None:
-        making, go_on = threading.Event(), threading.Event()
+        making, go_on, made = threading.Event(), threading.Event(), threading.Event()
         make = door.front.library.catalog.stage
 
         def slowly() -> Stage:
             making.set()
             go_on.wait(10)
-            return make()
+            stage = make()
+            assert door.leftovers() == [stage.directory.name], "the control: there is something to leave behind"
+            made.set()
+            return stage
 
         monkeypatch.setattr(door.front.library.catalog, "stage", slowly)
         upload = asyncio.create_task(door.upload("sql"))
@@ -178,8 +181,9 @@ def test_a_caller_that_leaves_while_its_stage_is_made_leaves_none(
         upload.cancel()
         await asyncio.gather(upload, return_exceptions=True)
         go_on.set()
+        assert await asyncio.to_thread(made.wait, 10)
         for _ in range(500):
-            if not door.leftovers() and door.service.uploads.num_taken == 0:
+            if not door.leftovers():
                 break
             await asyncio.sleep(0.01)
         assert (door.leftovers(), door.service.uploads.num_taken) == ([], 0)
